@@ -1,0 +1,207 @@
+"""The life of one run, after the fork: confine, seed, execute, report, exit.
+
+What the model's code can reach in here it may change; nothing in here is trusted by anyone outside.
+The outcome is judged by the exit status that the zygote's `wait4` sees. `facts` (the exception) are
+read as a claim of the run about itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import io
+import json
+import linecache
+import os
+import random
+import socket
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from shared.sandbox import cells, confine
+from shared.sandbox.result import Tier
+
+if TYPE_CHECKING:
+    from shared.sandbox.zygote import Jail
+
+NAME = "<code>"
+FACTS = 3  # descriptor; 0 to 2 are the standard streams, 4 is a session's socket
+STARTED = b"R"  # first byte of the facts: the confinement holds, what follows is the model's own
+_MAX_FACTS = 48 << 10
+
+
+def main(jail: Jail, request: Mapping[str, Any], directory: Path, fds: Sequence[int]) -> NoReturn:
+    """`fds`: code (or a session's socket), stdout, stderr, facts. Never returns, whatever happens:
+    the caller's stack is the zygote's. An error before the model's code starts is told in place of
+    STARTED."""
+    facts = fds[3]
+    try:
+        confine.die_with_parent()
+        session = bool(request.get("session"))
+        source = b"" if session else read_all(fds[0])
+        null = os.open("/dev/null", os.O_RDWR)
+        arrange_descriptors(null, *fds[1:], *(fds[:1] if session else ()))
+        facts = FACTS
+        _open_streams()
+        listener = jail.enter(directory, request["cpu"], forks=session)
+        _seed(request["seed"])
+        module = types.ModuleType("__main__")
+        sys.modules["__main__"] = module
+        if session:
+            cells.serve(module, listener)
+        os.write(facts, STARTED)
+    except BaseException as error:  # noqa: BLE001  last resort of a process that must not go on
+        os.write(facts, f"E{type(error).__name__}: {error}".encode())
+        os._exit(70)
+    _execute(module, source)
+
+
+def _execute(module: types.ModuleType, source: bytes) -> NoReturn:
+    """Run a whole program in `module`, then end the process as an interpreter would."""
+    status = 1
+    try:
+        status = run_source(module, source, FACTS)
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at exit
+        atexit._run_exitfuncs()
+        flush()
+    finally:
+        os._exit(status)
+
+
+def run_source(module: types.ModuleType, source: bytes, facts: int) -> int:
+    """Exit status of the program: 0, 1 for an uncaught exception, or what it asked for."""
+    try:
+        text = source.decode("utf-8", "surrogatepass")
+        linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)
+        exec(compile(text, NAME, "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+    except SystemExit as error:
+        if error.code is None or error.code == 0:
+            return 0
+        if isinstance(error.code, int):
+            _report(facts, error)
+            return error.code & 0xFF or 1
+        _report(facts, error)
+        return 1
+    except BaseException as error:  # noqa: BLE001  everything that model code raises is its result
+        _report(facts, error)
+        return 1
+    return 0
+
+
+def _report(facts: int, error: BaseException) -> None:
+    """Type, message, line and traceback of an exception, to the facts pipe and to stderr."""
+    try:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == NAME]
+        final = "".join(traceback.format_exception_only(type(error), error)).rstrip("\n")
+        shown = "".join(traceback.format_list(frames))
+        head = "Traceback (most recent call last):\n" if frames else ""
+        if isinstance(error, SyntaxError) and error.filename == NAME:
+            line = error.lineno
+            message = str(error.msg)
+        else:
+            line = frames[-1].lineno if frames else None
+            message = str(error)
+        text = f"{head}{shown}{final}"
+        body = {
+            "type": type(error).__name__[:200],
+            "message": message[-8000:],
+            "line": line,
+            "traceback": text[-16000:],
+        }
+        sys.stderr.write(text[-16000:] + "\n")
+    except BaseException as second:  # noqa: BLE001  its __str__ may raise anything, or memory is out
+        body = {"type": type(error).__name__[:200], "message": type(second).__name__, "line": None,
+                "traceback": ""}  # fmt: skip
+    os.write(facts, json.dumps(body).encode()[:_MAX_FACTS])
+
+
+def flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BaseException:  # noqa: BLE001  replaced by the code: its own loss
+            continue
+
+
+def read_all(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def arrange_descriptors(*fds: int) -> None:
+    """Make `fds` the descriptors 0, 1, 2, …, and close every other one."""
+    lifted = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 32) for fd in fds]
+    for target, fd in enumerate(lifted):
+        os.dup2(fd, target, inheritable=target <= 2)
+    os.closerange(len(fds), 1 << 16)
+
+
+def _open_streams() -> None:
+    """Text streams on 0, 1 and 2. What cannot be encoded is written as an escape, never an error;
+    lines are passed on at once, so that a run that is killed keeps what it printed."""
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        raw = io.FileIO(fd, "w", closefd=False)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _seed(seed: int) -> None:
+    """`random` reseeds itself after a fork and numpy does not: both get the run's own seed."""
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % (1 << 32))
+    if (sympy := sys.modules.get("sympy.core.random")) is not None:
+        sympy.seed(seed)
+
+
+# ---- the self-check of a tier -------------------------------------------------------------------
+
+FORBIDDEN = {
+    10: "a socket could be made",
+    11: "a process could be made",
+    12: "a program could be started",
+    13: "/etc could be listed",
+    14: "a file could be made outside of the run's directory",
+    15: "another process could be signalled",
+    16: "the run's own directory is not writable",
+    17: "the confinement could not be applied",
+}
+
+
+def try_forbidden(jail: Jail, directory: Path) -> int:
+    """Confine this process, then try to break out. Returns 0 or a key of FORBIDDEN."""
+    try:
+        jail.enter(directory, 10, forks=False)
+    except OSError as error:
+        os.write(2, f"{error}\n".encode())
+        return 17
+    attempts: list[tuple[int, Callable[[], object]]] = [
+        (10, lambda: socket.socket(socket.AF_INET)),
+        (11, os.fork),
+        (12, lambda: os.execv("/bin/true", ["true"])),
+        (15, lambda: os.kill(os.getppid(), 0)),
+    ]
+    if jail.tier is not Tier.C:
+        attempts += [
+            (13, lambda: os.listdir("/etc")),  # noqa: PTH208
+            (14, lambda: os.close(os.open(jail.scratch / "outside", os.O_CREAT | os.O_WRONLY))),
+        ]
+    for number, attempt in attempts:
+        try:
+            attempt()
+        except OSError:
+            continue
+        return number
+    try:
+        os.close(os.open("inside", os.O_CREAT | os.O_WRONLY))
+    except OSError:
+        return 16
+    return 0

@@ -1,0 +1,304 @@
+"""The outside of one run: reads what it writes, ends it when it has used its share, judges it.
+
+CPU time decides a timeout and wall time is a backstop, so that a busy host changes no outcome. The
+clock starts when the process does, never while a run waits for a free zygote. Output is cut while
+it is read. The outcome comes from the exit status that `wait4` gave and from what was decided here;
+the exception's facts are the run's own claim, and count only where the exit status says failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from shared.sandbox.limits import Limits
+from shared.sandbox.packets import Packet, receive
+from shared.sandbox.result import CodeError, Outcome, RunResult, Tier
+
+_STARTUP = 20.0  # seconds in which a live zygote has forked and a killed process is reaped
+_FACTS = 64 << 10
+
+
+class LostError(Exception):
+    """The other side is gone or breaks the protocol: nothing can be said about the run."""
+
+
+class Ended(StrEnum):
+    """Why a run was killed from here."""
+
+    TIMEOUT = "timeout"
+    FLOOD = "flood"
+    CANCELLED = "cancelled"
+
+
+class Cancel:
+    """A flag that a selector can wait for."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.is_set = False
+        self._lock = threading.Lock()
+
+    def set(self) -> None:
+        with self._lock:
+            self.is_set = True
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+
+    def __enter__(self) -> Cancel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of the jail: its pid as seen from here, and a descriptor that cannot be reused."""
+
+    pid: int
+    pidfd: int
+
+    @classmethod
+    def from_pidfd(cls, pidfd: int) -> Process:
+        info = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+        found = re.search(r"^Pid:\s*(-?\d+)", info, re.MULTILINE)
+        return cls(int(found[1]) if found else -1, pidfd)
+
+    def cpu(self) -> float:
+        """CPU seconds of all its threads; 0.0 when it has ended (`wait4` knows better then)."""
+        try:
+            return time.clock_gettime((~self.pid << 3) | 2)  # CPUCLOCK_SCHED of another process
+        except OSError:
+            return 0.0
+
+    def kill(self) -> bool:
+        """False where it has ended already."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+
+
+class Pipe:
+    """What a run writes to one descriptor: the first `keep` bytes, and how many more there were."""
+
+    def __init__(self, keep: int) -> None:
+        self.keep, self.kept, self.cut = keep, bytearray(), 0
+        self.source, self.sink = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.source, False)
+
+    def read(self) -> bool:
+        """Take what is there now; False at the end."""
+        try:
+            data = os.read(self.source, 1 << 16)
+        except BlockingIOError:
+            return True
+        room = self.keep - len(self.kept)
+        self.kept += data[:room]
+        self.cut += max(0, len(data) - room)
+        return bool(data)
+
+    def drain(self) -> None:
+        before = -1
+        while before != (before := len(self.kept) + self.cut) and self.read():
+            pass
+
+    @property
+    def size(self) -> int:
+        return len(self.kept) + self.cut
+
+    def text(self) -> str:
+        return self.kept.decode("utf-8", "replace")
+
+
+@dataclass(slots=True)
+class End:
+    """How the process ended: its wait status, or `kept` where a cell became a session's state."""
+
+    status: int
+    cpu: float
+    memory: int
+    kept: bool = False
+
+
+@dataclass
+class Watch:
+    """Use: give `descriptors` away, `watch` the sockets, `until_end`, then `result`."""
+
+    limits: Limits
+    timeout: float
+    cancel: int  # an eventfd; readable means: give up
+    end: End | None = None
+    process: Process | None = None
+    killed: Ended | None = None
+    _began: float = field(default_factory=time.monotonic)
+    _killed_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.out, self.err = Pipe(self.limits.output), Pipe(self.limits.output)
+        self.facts = Pipe(_FACTS)
+        self.selector = selectors.DefaultSelector()
+        for pipe in (self.out, self.err, self.facts):
+            self.selector.register(pipe.source, selectors.EVENT_READ, lambda p=pipe: self._read(p))
+        self.selector.register(self.cancel, selectors.EVENT_READ, self._cancelled)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.selector.close()
+        self.give_away()
+        for pipe in (self.out, self.err, self.facts):
+            os.close(pipe.source)
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [self.out.sink, self.err.sink, self.facts.sink]
+
+    def give_away(self) -> None:
+        """Close our copies of what the run writes to."""
+        for pipe in (self.out, self.err, self.facts):
+            if pipe.sink >= 0:
+                os.close(pipe.sink)
+                pipe.sink = -1
+
+    def on_packet(self, sock: socket.socket, handle: Callable[[Packet], None]) -> None:
+        self.selector.register(sock, selectors.EVENT_READ, lambda: handle(receive(sock)))
+
+    def on_ready(self, fd: int, handle: Callable[[], None]) -> None:
+        self.selector.register(fd, selectors.EVENT_READ, handle)
+
+    def started(self, process: Process) -> None:
+        self.process, self._began = process, time.monotonic()
+        if self.killed is not None:
+            process.kill()
+
+    def until_end(self) -> None:
+        """Raises LostError where the process neither starts nor ends when it must."""
+        while self.end is None:
+            for key, _ in self.selector.select(self._next_look()):
+                key.data()
+            self._police()
+        for pipe in (self.out, self.err, self.facts):
+            pipe.drain()
+
+    def kill(self, why: Ended) -> None:
+        if self.killed is None and (self.process is None or self.process.kill()):
+            self.killed, self._killed_at = why, time.monotonic()
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _read(self, pipe: Pipe) -> None:
+        if not pipe.read():
+            self.selector.unregister(pipe.source)
+        if self.out.size + self.err.size > self.limits.flood:
+            self.kill(Ended.FLOOD)
+
+    def _cancelled(self) -> None:
+        self.selector.unregister(self.cancel)
+        self.kill(Ended.CANCELLED)
+
+    def _next_look(self) -> float:
+        if self.process is None or self.killed is not None:
+            return 0.5
+        wall = self.limits.wall(self.timeout) - (time.monotonic() - self._began)
+        return max(0.001, min(self.timeout - self.process.cpu(), wall))
+
+    def _police(self) -> None:
+        now = time.monotonic()
+        if self.end is not None:
+            return
+        if self.process is None:
+            if now - self._began > _STARTUP:
+                raise LostError(f"no process was started within {_STARTUP:.0f} s")
+        elif self.killed is not None:
+            if now - self._killed_at > _STARTUP:
+                raise LostError(f"a killed process was not reaped within {_STARTUP:.0f} s")
+        elif self.process.cpu() >= self.timeout or now - self._began >= self.limits.wall(
+            self.timeout
+        ):
+            self.kill(Ended.TIMEOUT)
+
+    # ---- judging ---------------------------------------------------------------------------------
+
+    def result(self, tier: Tier, hide: Callable[[str], str]) -> RunResult:
+        """`hide` takes the host's paths out of a text. Raises LostError: it never got ready."""
+        assert self.end is not None
+        outcome, error = self._judge(self.end)
+        if error is not None:
+            error = CodeError(error.type, hide(error.message), error.line, hide(error.traceback))
+        return RunResult(
+            outcome=outcome,
+            stdout=self.out.text(),
+            stderr=hide(self.err.text()),
+            error=error,
+            tier=tier,
+            duration=time.monotonic() - self._began,
+            cpu_time=self.end.cpu,
+            peak_memory=self.end.memory,
+            bytes_cut=self.out.cut + self.err.cut,
+        )
+
+    def _judge(self, end: End) -> tuple[Outcome, CodeError | None]:
+        printed = Outcome.OK if self.out.kept.strip() else Outcome.NO_OUTPUT
+        if end.kept:
+            return printed, None
+        signalled = -os.waitstatus_to_exitcode(end.status)
+        over_cpu = signalled in (signal.SIGXCPU, signal.SIGKILL) and end.cpu >= self.timeout
+        if self.killed is Ended.TIMEOUT or over_cpu:
+            wall = self.limits.wall(self.timeout)
+            text = (
+                f"not done after timeout={self.timeout:g} s of CPU time ({wall:g} s of wall time)"
+            )
+            return Outcome.TIMEOUT, CodeError("TimeLimit", text, None, "")
+        if self.killed is Ended.FLOOD:
+            text = f"wrote more than flood={self.limits.flood} bytes"
+            return Outcome.MODEL_ERROR, CodeError("OutputLimit", text, None, "")
+        if not self.facts.kept.startswith(b"R"):
+            raise LostError(f"a run did not get ready: {self.facts.text()[1:] or 'killed'}")
+        if signalled > 0:
+            name = signal.Signals(signalled).name
+            return Outcome.MODEL_ERROR, CodeError(name, f"killed by {name}", None, "")
+        if signalled == 0:
+            return printed, None
+        return Outcome.MODEL_ERROR, self._claimed(-signalled)
+
+    def _claimed(self, status: int) -> CodeError:
+        """The exception as the run tells it; whatever it tells, the run has failed."""
+        claim: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            claim = json.loads(self.facts.kept[1:])
+        if not isinstance(claim, dict):
+            return CodeError("SystemExit", f"ended with exit status {status}", None, "")
+        kind, message, trace = (_text(claim.get(key)) for key in ("type", "message", "traceback"))
+        line = claim.get("line")
+        if kind == "MemoryError" and not message:
+            message = f"out of memory={self.limits.memory} bytes"
+        return CodeError(kind, message, line if type(line) is int else None, trace)
+
+
+def _text(value: object) -> str:
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""

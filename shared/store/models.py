@@ -1,0 +1,261 @@
+"""The tables. Whatever is filtered, sorted or counted is a column; a body is opaque bytes.
+
+Trajectories, steps and verdicts are written once and never changed (triggers see to it); all that
+changes is the state of work items and runs. Names avoid SQL's reserved words, because people type
+them into psql. Durations are seconds, memory is bytes, times are the database's clock.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    LargeBinary,
+    MetaData,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class RunState(StrEnum):
+    RUNNING = "running"  # items may be leased
+    DONE = "done"  # no item is queued or leased
+    CANCELLED = "cancelled"
+
+
+class ItemState(StrEnum):
+    """Where a work item stands; the last four are ends, and every item comes to one."""
+
+    QUEUED = "queued"
+    LEASED = "leased"
+    VETTED = "vetted"  # has a trajectory that passed every check
+    REJECTED = "rejected"  # has a trajectory; `reject_check` says what it failed
+    FAILED = "failed"  # dead letter: `error_class`, `error_text`, `raw`
+    CANCELLED = "cancelled"
+
+
+def _one_of(column: str, values: type[StrEnum]) -> str:
+    return f"{column} IN ({', '.join(repr(v.value) for v in values)})"
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "pk": "%(table_name)s_pkey",
+            "fk": "%(table_name)s_%(column_0_name)s_fkey",
+            "uq": "%(table_name)s_%(column_0_name)s_key",
+            "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+            "ck": "%(table_name)s_%(constraint_name)s_check",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own interface)
+        str: Text,
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB,
+        list[str]: ARRAY(Text),
+        bytes: LargeBinary,
+    }
+
+
+class ProblemRow(Base):
+    """A question with its reference answer; `key` is `shared.trajectory.Problem.key`."""
+
+    __tablename__ = "problems"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    text: Mapped[str]
+    answer: Mapped[str]
+    source: Mapped[str]
+    external_id: Mapped[str]
+    subject: Mapped[str | None]
+    level: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class RunRow(Base):
+    """One configured piece of work over many items.
+
+    `kind` ("generate", "evaluate") is also the name of the Celery queue that works on it.
+    """
+
+    __tablename__ = "runs"
+    __table_args__ = (CheckConstraint(_one_of("state", RunState), name="state"),)
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    kind: Mapped[str]
+    config: Mapped[dict[str, Any]]
+    fingerprint: Mapped[str]
+    code_version: Mapped[str]
+    created_by: Mapped[str]
+    host: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default=RunState.RUNNING)
+    n_items: Mapped[int] = mapped_column(server_default="0")
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+
+
+class WorkItemRow(Base):
+    """One sample of one problem in one run (shared/work/items.py moves it from state to state)."""
+
+    __tablename__ = "work_items"
+    __table_args__ = (
+        UniqueConstraint("run_id", "problem_key", "sample_index", "fingerprint"),
+        CheckConstraint(_one_of("state", ItemState), name="state"),
+        CheckConstraint(
+            "(state = 'leased') = (lease_owner IS NOT NULL AND lease_until IS NOT NULL)",
+            name="lease",
+        ),
+        CheckConstraint("(state = 'rejected') = (reject_check IS NOT NULL)", name="rejected"),
+        CheckConstraint("state <> 'failed' OR error_class IS NOT NULL", name="failed"),
+        Index("work_items_run_state_idx", "run_id", "state"),
+        Index(
+            "work_items_queue_idx",
+            "run_id",
+            "attempt",
+            "id",
+            postgresql_where=text("state = 'queued'"),
+        ),
+        Index("work_items_lease_idx", "lease_until", postgresql_where=text("state = 'leased'")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
+    problem_key: Mapped[str] = mapped_column(ForeignKey("problems.key"))
+    sample_index: Mapped[int]
+    fingerprint: Mapped[str]
+    idempotency_key: Mapped[str] = mapped_column(unique=True)  # for side effects elsewhere
+    state: Mapped[str] = mapped_column(server_default=ItemState.QUEUED)
+    attempt: Mapped[int] = mapped_column(server_default="0")  # fencing token: only ever grows
+    failures: Mapped[int] = mapped_column(server_default="0")  # attempts that failed by themselves
+    kills: Mapped[int] = mapped_column(server_default="0")  # leases that ran out
+    lease_owner: Mapped[str | None]
+    lease_until: Mapped[datetime | None]
+    reject_check: Mapped[str | None]
+    error_class: Mapped[str | None]  # of the last failure, also where a later attempt succeeded
+    error_text: Mapped[str | None]
+    raw: Mapped[str | None]  # what the model said when it failed
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class SlotRow(Base):
+    """A place at which one slice at a time works on a run (shared/work/slots.py).
+
+    Only the message that carries `token` may start a slice; until `alive_until` a slice, or the
+    message for it, is believed to be alive.
+    """
+
+    __tablename__ = "run_slots"
+
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    slot: Mapped[int] = mapped_column(primary_key=True)
+    token: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    alive_until: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class TrajectoryRow(Base):
+    """A finished trajectory. `vetted` is the judgement at generation; `current_verdicts` moves on.
+
+    `body` is zstd over the canonical JSON of `Trajectory.body()`; `body_bytes` its length before.
+    """
+
+    __tablename__ = "trajectories"
+    __table_args__ = (
+        Index(None, "run_id", "vetted"),
+        Index(None, "problem_key"),
+        Index(None, "content_hash"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
+    item_id: Mapped[int] = mapped_column(ForeignKey("work_items.id"), unique=True)
+    problem_key: Mapped[str] = mapped_column(ForeignKey("problems.key"))
+    content_hash: Mapped[str]
+    end_reason: Mapped[str]
+    answer: Mapped[str | None]
+    vetted: Mapped[bool]
+    thinking: Mapped[bool]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    n_steps: Mapped[int]
+    n_calls: Mapped[int]
+    n_failed_calls: Mapped[int]
+    n_corrections: Mapped[int]  # failed calls taken back by self-correction
+    n_tokens: Mapped[int]
+    duration: Mapped[float]
+    sandbox_tier: Mapped[str | None]  # the weakest that any of its calls ran under
+    reasoner_model: Mapped[str]
+    extractor_model: Mapped[str | None]
+    code_version: Mapped[str]
+    cleaned: Mapped[bool]  # text was altered to fit the database (shared.trajectory.clean)
+    body: Mapped[bytes]
+    body_bytes: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class StepRow(Base):
+    """One step in numbers; its text is in the trajectory's body."""
+
+    __tablename__ = "steps"
+    __table_args__ = (
+        Index("steps_error_type_idx", "error_type", postgresql_where=text("error_type <> ''")),
+    )
+
+    trajectory_id: Mapped[int] = mapped_column(ForeignKey("trajectories.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    has_call: Mapped[bool]
+    outcome: Mapped[str | None]
+    error_type: Mapped[str | None]
+    duration: Mapped[float | None]
+    cpu_time: Mapped[float | None]
+    peak_memory: Mapped[int | None] = mapped_column(BigInteger)
+    code_chars: Mapped[int | None]
+    imports: Mapped[list[str]]
+
+
+class VerdictRow(Base):
+    """One check by one verifier version. Append-only: the newest of each check counts."""
+
+    __tablename__ = "verdicts"
+    __table_args__ = (Index(None, "trajectory_id", "check_name", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    trajectory_id: Mapped[int] = mapped_column(ForeignKey("trajectories.id"))
+    check_name: Mapped[str]
+    passed: Mapped[bool | None]  # NULL: could not decide
+    version: Mapped[str]
+    reason: Mapped[str]
+    evidence: Mapped[dict[str, Any]]
+    duration: Mapped[float]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class UsageRow(Base):
+    """What one attempt at an item cost at one endpoint in one role, failed attempts included."""
+
+    __tablename__ = "model_usage"
+    __table_args__ = (Index(None, "run_id"), Index(None, "item_id"))
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
+    item_id: Mapped[int] = mapped_column(ForeignKey("work_items.id"))
+    attempt: Mapped[int]
+    role: Mapped[str]
+    model: Mapped[str]
+    endpoint: Mapped[str]
+    requests: Mapped[int]
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)
+    retries: Mapped[int]
+    duration: Mapped[float]

@@ -1,0 +1,222 @@
+"""Problems, steps and trajectories: what moves through the whole system, and its canonical form.
+
+Everything here is frozen. The canonical form is JSON with sorted keys and no spaces; its SHA-256 is
+the content hash by which snapshots name trajectories. The hash covers what was generated (problem,
+steps, end), never how fast it was or which host ran it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from shared.sandbox.result import Outcome, RunResult
+
+__all__ = [
+    "Check",
+    "End",
+    "Outcome",
+    "Problem",
+    "Step",
+    "ToolCall",
+    "Trajectory",
+    "Verdict",
+    "canonical_json",
+    "clean",
+    "content_hash",
+]
+
+
+def clean(value: Any) -> tuple[Any, bool]:
+    """Replace what PostgreSQL text or JSON cannot hold; say whether anything was replaced.
+
+    NUL and lone surrogates become U+FFFD; NaN and infinities become the strings "NaN", "Infinity"
+    and "-Infinity". This is the only place where stored text is altered.
+    """
+    if isinstance(value, str):
+        if value.isascii() and "\0" not in value:
+            return value, False
+        cleaned = value.replace("\0", "\ufffd").encode("utf-16", "surrogatepass")
+        text = cleaned.decode("utf-16", "replace")
+        return text, text != value
+    if isinstance(value, float) and not math.isfinite(value):
+        return ("NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"), True
+    if isinstance(value, Mapping):
+        pairs = [(clean(str(k)), clean(v)) for k, v in value.items()]
+        return {k: v for (k, _), (v, _) in pairs}, any(a or b for (_, a), (_, b) in pairs)
+    if isinstance(value, list | tuple):
+        items = [clean(v) for v in value]
+        return [v for v, _ in items], any(dirty for _, dirty in items)
+    return value, False
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
+
+    Raises ValueError for NaN, infinities and lone surrogates: pass the value through `clean` first.
+    """
+    text = json.dumps(
+        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
+    return text.encode()
+
+
+def content_hash(value: Any) -> str:
+    """SHA-256 (hex) of the canonical form."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question with its reference answer. `key` is what makes two problems the same."""
+
+    text: str
+    answer: str
+    source: str = ""
+    external_id: str = ""
+    subject: str | None = None
+    level: str | None = None
+
+    @property
+    def key(self) -> str:
+        """SHA-256 over text and answer only: labels may be corrected without making a new one."""
+        return content_hash(clean({"text": self.text, "answer": self.answer})[0])
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One executed action a_t and its observation o_t (`observation` is the text the model saw)."""
+
+    code: str
+    observation: str
+    result: RunResult
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a trajectory: thought r_t, and the tool call (a_t, o_t) if there is one.
+
+    `thought` is what stands in the trajectory. Where the code extractor rewrote the reasoner's
+    text, `original` is the text that it replaced, exactly. `discarded` holds failed attempts that
+    self-correction took back, oldest first; they are not part of the trajectory's text.
+    """
+
+    thought: str
+    call: ToolCall | None = None
+    original: str | None = None
+    discarded: tuple[ToolCall, ...] = ()
+
+
+class End(StrEnum):
+    """Why generation of a trajectory stopped."""
+
+    ANSWERED = "answered"
+    STEP_BUDGET = "step_budget"
+    LENGTH_BUDGET = "length_budget"
+    GAVE_UP = "gave_up"  # the reasoner ended its turn without a boxed answer
+    OWN_BLOCK = "own_block"  # the reasoner wrote a code or output block that nobody executed
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A finished trajectory τ = (q, r_1, a_1, o_1, …). Tokens are the policy's."""
+
+    problem_key: str
+    steps: tuple[Step, ...]
+    text: str  # the response as one string: thoughts, code fences and observations
+    end: End
+    answer: str | None  # content of the last complete \boxed{}
+    thinking: bool
+    seed: int
+    n_tokens: int  # length of `text` in tokens of the policy
+    meta: Mapping[str, Any] = field(default_factory=dict)  # models, prompt versions, timings
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        return tuple(step.call for step in self.steps if step.call is not None)
+
+    @property
+    def n_calls(self) -> int:
+        return len(self.calls)
+
+    @property
+    def n_failed_calls(self) -> int:
+        """Calls that stand in the trajectory and failed through the model's fault."""
+        return sum(
+            c.result.outcome not in (Outcome.OK, Outcome.INFRASTRUCTURE_ERROR) for c in self.calls
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What the content hash covers: what was generated, without timings, hosts or models."""
+        return {
+            "problem": self.problem_key,
+            "text": self.text,
+            "end": self.end.value,
+            "answer": self.answer,
+            "thinking": self.thinking,
+            "steps": [_step_identity(step) for step in self.steps],
+        }
+
+    def body(self) -> dict[str, Any]:
+        """Everything, as plain JSON values (see `from_body`)."""
+        return asdict(self)
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> Trajectory:
+        """Inverse of `body` after a trip through JSON."""
+        steps = tuple(_step_from(step) for step in body["steps"])
+        return cls(**{**body, "steps": steps, "end": End(body["end"])})
+
+
+def _step_identity(step: Step) -> dict[str, Any]:
+    def call(c: ToolCall) -> dict[str, Any]:
+        return {"code": c.code, "observation": c.observation, "outcome": c.result.outcome.value}
+
+    return {
+        "thought": step.thought,
+        "original": step.original,
+        "call": call(step.call) if step.call else None,
+        "discarded": [call(c) for c in step.discarded],
+    }
+
+
+def _step_from(body: Mapping[str, Any]) -> Step:
+    return Step(
+        thought=body["thought"],
+        call=_call_from(body["call"]) if body["call"] else None,
+        original=body["original"],
+        discarded=tuple(_call_from(c) for c in body["discarded"]),
+    )
+
+
+def _call_from(body: Mapping[str, Any]) -> ToolCall:
+    return ToolCall(body["code"], body["observation"], RunResult.from_json(body["result"]))
+
+
+class Check(StrEnum):
+    """The verifier's checks; each becomes one verdict row per trajectory and verifier version."""
+
+    EXECUTED = "executed"  # at least one tool call was executed
+    FORMAT = "format"  # fences closed, a boxed answer, no block of the policy's own making
+    CALLS_OK = "calls_ok"  # every call that stands in the trajectory succeeded
+    REPRODUCED = "reproduced"  # every block ran here, and its output equals the stored observation
+    ANSWER = "answer"  # the boxed answer equals the reference
+    CODE_QUALITY = "code_quality"  # a library call or control flow (THOR 4.1; method.md 9.2 no. 18)
+    JUDGE = "judge"  # a model's opinion; recorded, never decides alone
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One check of one trajectory. `passed` is None where the check could not decide."""
+
+    check: Check
+    passed: bool | None
+    version: str
+    reason: str
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    duration: float = 0.0

@@ -1,0 +1,25 @@
+"""One home for all tests that break nothing; one for those that do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.acceptance.home import Home, opened
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """A home that is up."""
+    with opened(tmp_path_factory.mktemp("home")) as home:
+        said = home.tirgen("up")
+        assert said.code == 0, said
+        yield home
+
+
+@pytest.fixture(scope="session")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """A home whose parts are killed; every test says first what it wants to be up."""
+    with opened(tmp_path_factory.mktemp("victim")) as home:
+        yield home

@@ -1,0 +1,48 @@
+"""Databases for tests: one embedded PostgreSQL per session, a fresh migrated database per test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from sqlalchemy import make_url
+
+from shared.store import migrate
+from shared.store.database import Database, libpq_conninfo
+from shared.store.embedded import EmbeddedPostgres
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a running embedded server whose own database is migrated and otherwise empty."""
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("tirgen-home"))
+    url = server.start()
+    database = Database(url)
+    migrate.upgrade(database)
+    database.close()
+    yield url
+    server.stop()
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> Iterator[str]:
+    """URL of a database of the test's own: a copy of the migrated, empty one."""
+    url = make_url(postgres_url)
+    name = f"test_{next(_numbers)}"
+    admin = libpq_conninfo(postgres_url) + " dbname=postgres"
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {url.database}".encode())
+    yield url.set(database=name).render_as_string(hide_password=False)
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+@pytest.fixture
+def db(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
+    yield database
+    database.close()

@@ -1,0 +1,413 @@
+"""The query language: what Python would answer, nothing but what is listed, any number of rows."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
+
+from shared.errors import ConfigError, DatabaseError
+from shared.store import Database
+from shared.store.trajectories import import_problems
+from tests import stored
+from tirgen import query
+from tirgen.expression import MAX_DEPTH, MAX_LENGTH, where
+from tirgen.fields import FIELDS, Kind
+from tirgen.query import Query
+
+Row = dict[str, Any]
+ONE_DATABASE = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def filled(db: Database) -> Database:
+    stored.fill(db)
+    return db
+
+
+def rows(db: Database, expression: str, *columns: str, **more: Any) -> list[tuple[Any, ...]]:
+    with query.run(db, Query(expression, columns or ("id",), **more)) as found:
+        return list(found)
+
+
+def everything(db: Database) -> list[Row]:
+    return [dict(zip(FIELDS, row, strict=True)) for row in rows(db, "", *FIELDS)]
+
+
+def refused(expression: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        where(expression)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+# What an expression selects: the same as Python's own reading of it
+
+PREDICATES: dict[str, Callable[[Row], bool]] = {
+    "vetted": lambda r: r["vetted"],
+    "not vetted": lambda r: not r["vetted"],
+    "vetted == False": lambda r: not r["vetted"],
+    "vetted is True": lambda r: r["vetted"],
+    "True": lambda r: True,
+    "vetted and not vetted": lambda r: False,
+    "n_calls == 2 or n_tokens > 40": lambda r: r["n_calls"] == 2 or r["n_tokens"] > 40,
+    "10 < n_tokens <= 30": lambda r: 10 < r["n_tokens"] <= 30,
+    "30 >= n_tokens": lambda r: r["n_tokens"] <= 30,
+    "n_tokens > 9.5": lambda r: r["n_tokens"] > 9.5,
+    "n_tokens > -1": lambda r: True,
+    "duration == 1.5": lambda r: r["duration"] == 1.5,
+    "seed in (1, 2, 9999999999)": lambda r: r["seed"] in (1, 2),
+    "seed not in [1, 2]": lambda r: r["seed"] not in (1, 2),
+    "seed in []": lambda r: False,
+    "answer is None": lambda r: r["answer"] is None,
+    "answer == None": lambda r: r["answer"] is None,
+    "None != answer": lambda r: r["answer"] is not None,
+    "answer is not None": lambda r: r["answer"] is not None,
+    'subject != "Algebra"': lambda r: r["subject"] != "Algebra",
+    'not subject == "Algebra"': lambda r: r["subject"] != "Algebra",
+    'subject in ["Algebra", None]': lambda r: r["subject"] in ("Algebra", None),
+    'subject not in ["Algebra"]': lambda r: r["subject"] != "Algebra",
+    'subject < "B"': lambda r: r["subject"] is not None and r["subject"] < "B",
+    'not subject < "B"': lambda r: r["subject"] is None or r["subject"] >= "B",
+    "answer == reference": lambda r: r["answer"] == r["reference"],
+    "answer != reference": lambda r: r["answer"] != r["reference"],
+    "n_failed_calls < n_calls": lambda r: r["n_failed_calls"] < r["n_calls"],
+    "n_calls < duration": lambda r: r["n_calls"] < r["duration"],
+    'extractor_model != model': lambda r: r["extractor_model"] != r["model"],
+    '"gebra" in subject': lambda r: r["subject"] is not None and "gebra" in r["subject"],
+    '"%" in problem': lambda r: False,
+    'subject not in problem': lambda r: True,
+    'reject_check == "answer"': lambda r: r["reject_check"] == "answer",
+    'run == "two" and problem_id == "w0"': lambda r: r["run"] == "two",
+    "'\\'; DROP TABLE runs; --' == run": lambda r: False,
+    "created_at > '2020-01-01'": lambda r: True,
+    "created_at < '2020-01-01T00:00:00+02:00'": lambda r: False,
+    "vetted and (\n  thinking or\n  n_calls >= 1)": lambda r: r["vetted"],
+}  # fmt: skip
+
+
+def test_selection_is_what_python_would_select(filled: Database) -> None:
+    table = everything(filled)
+    assert len(table) == 21
+    for expression, predicate in PREDICATES.items():
+        expected = [row["id"] for row in table if predicate(row)]
+        assert [i for (i,) in rows(filled, expression)] == expected, expression
+        assert query.count(filled, expression) == len(expected), expression
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "n_tokens": st.sampled_from([-1, 0, 10, 10.5, 30, 2**62]),
+    "seed": st.integers(-(2**63), 2**63 - 1) | st.integers(0, 24),
+    "duration": st.sampled_from([0, 1.5, 1e300]),
+    "answer": st.sampled_from(["41", "42", "", "x' OR true --", "%", None]),
+    "subject": st.sampled_from(["Algebra", "Geometry", "ä\\", None]),
+    "vetted": st.booleans(),
+    "extractor_model": st.sampled_from(["nano", None]),
+}
+
+
+@st.composite
+def comparisons(draw: st.DrawFn) -> str:
+    name = draw(st.sampled_from(list(VALUES)))
+    value = draw(VALUES[name])
+    if name == "vetted" or value is None:
+        op = draw(st.sampled_from(["==", "!=", "is", "is not"]))
+    else:
+        op = draw(st.sampled_from(["==", "!=", "<", "<=", ">", ">=", "in", "not in"]))
+    if op in ("in", "not in"):
+        return f"{name} {op} {draw(st.lists(VALUES[name], max_size=3))!r}"
+    return draw(st.sampled_from([f"{name} {op} {value!r}", f"{value!r} {op} {name}"]))
+
+
+def nested(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    joined = st.sampled_from([" and ", " or "])
+    many = st.builds(lambda op, parts: f"({op.join(parts)})", joined, st.lists(inner, min_size=2))
+    return many | inner.map(lambda e: f"not ({e})")
+
+
+EXPRESSIONS = st.recursive(comparisons() | st.just("vetted"), nested, max_leaves=8)
+
+
+class Missing:
+    """Python's None, but neither smaller nor greater than anything."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+
+def in_python(expression: str, row: Row) -> bool:
+    """The expression on one row, by Python itself. (Only for expressions made above.)"""
+    tree = ast.parse(expression, mode="eval")
+    for node in ast.walk(tree):  # `None < x` is an error in Python, and false in ours
+        if isinstance(node, ast.Compare) and isinstance(
+            node.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE
+        ):
+            for side in (node.left, *node.comparators):
+                if isinstance(side, ast.Name):
+                    side.id = f"_{side.id}"
+    names = {f"_{k}": Missing() if v is None else v for k, v in row.items()} | row
+    return bool(eval(compile(tree, "", "eval"), {"__builtins__": {}}, names))  # noqa: S307
+
+
+def test_any_expression_selects_what_python_selects(filled: Database) -> None:
+    """And none of them is one that PostgreSQL refuses."""
+    table = everything(filled)
+
+    @ONE_DATABASE
+    @given(EXPRESSIONS)
+    def check(expression: str) -> None:
+        expected = [row["id"] for row in table if in_python(expression, row)]
+        assert [i for (i,) in rows(filled, expression)] == expected
+
+    check()
+
+
+# What is refused
+
+
+TOKENS = st.sampled_from(
+    [*FIELDS, *"()[]{},.:=<>!&|~+-*/%^@\\'\"", "and", "or", "not", "in", "is", "None", "True",
+     "==", "!=", "<=", "if", "else", "for", "lambda", ":=", "**", "'x'", "1", "1e999", "1j", "b''",
+     'f"{id}"', "\0", "\n", "\ud800", "__class__", "0x" + "f" * 40, "9" * 5000, "..."]
+)  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text() | st.lists(TOKENS, max_size=30).map(" ".join) | EXPRESSIONS)
+def test_any_text_is_a_condition_or_a_config_error(expression: str) -> None:
+    """Nothing else is ever raised, and every literal is a bound parameter."""
+    try:
+        condition = where(expression)
+    except ConfigError as error:
+        assert error.where  # noqa: PT017
+        str(error).encode()
+    else:
+        dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+        sql = str(condition.compile(dialect=dialect))
+        assert re.search(r"['\";]", sql) is None
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os').system('true')",
+        "run.__class__ == 'x'",
+        "().__class__.__bases__[0].__subclasses__()",
+        "run == ''.join(['x'])",
+        "[x for x in run] == []",
+        "(lambda: vetted)()",
+        "(vetted := True)",
+        "vetted if True else vetted",
+        "f'{run}' == 'x'",
+        "id in range(10)",
+        "id == 1 + 1",
+        "id == 2 ** 10 ** 10",
+        "id ** 2 == 4",
+        "run[0] == 'x'",
+        "run == b'x'",
+        "id == 1j",
+        "id == ...",
+        "await run == 1",
+        "*vetted, vetted",
+        "{'a': 1} == run",
+        "1 == 1",
+        "'a' in 'ab'",
+        "id",
+        "answer",
+        "1",
+        "'vetted'",
+        "None",
+        "id is 1",
+        "vetted < True",
+        "vetted == 1",
+        "id == True",
+        "id == '1'",
+        "run == 1",
+        "run > None",
+        "answer == vetted",
+        "id in run",
+        "1 in run",
+        "run in id",
+        "id in [run]",
+        "id in [[1]]",
+        "created_at > 'yesterday'",
+        "created_at > 5",
+        "run == 'a\\0b'",
+        "run == '\\ud800'",
+        f"id == {2**63}",
+        "end == 'answred'",
+        "tier in ['A', 'Z']",
+        "vetted; vetted",
+        "vetted = True",
+        "vetted -- comment",
+        "import os",
+    ],
+)
+def test_everything_outside_the_language_is_refused_with_its_column(expression: str) -> None:
+    error = refused(expression)
+    assert re.match(r"column \d+ of the expression: ", error.where or "")
+    assert error.remedy
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "not " * 900 + "vetted",
+        "-" * 3900 + "1 == id",
+        "(" * 1900 + "vetted" + ")" * 1900,
+        "[" * 1900 + "]" * 1900,
+        "run" + ".a" * 1900,
+        "1" + "+1" * 1900 + " == id",
+        "x" * (MAX_LENGTH + 1),
+        "vetted or " * 10_000 + "vetted",
+    ],
+)
+def test_huge_nesting_and_length_are_refused(expression: str) -> None:
+    assert len(str(refused(expression))) < 500
+
+
+def test_depth_up_to_the_bound_works() -> None:
+    where("not " * (MAX_DEPTH - 1) + "vetted")
+    assert "deep" in refused("not " * MAX_DEPTH + "vetted").what
+
+
+def test_unknown_field_points_at_its_column_and_names_the_nearest() -> None:
+    error = refused("vetted and not subjct == 'é'")
+    assert "'subjct'" in error.what
+    assert error.where == "column 16 of the expression: vetted and not subjct == 'é'"
+    assert "'subject'" in (error.remedy or "")
+    assert "column 18 " in (refused("run == 'ééé' and x").where or "")
+    assert "'True'" in (refused("vetted == true").remedy or "")
+    assert "quotes" in (refused("run == zzz").remedy or "")
+    assert "'answered'" in (refused("end == 'answred'").remedy or "")
+
+
+@pytest.mark.parametrize("wanted", [{"columns": ("idd",)}, {"order": ("-idd",)}, {"columns": ()}])
+def test_unknown_column_or_order_is_refused(wanted: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(ConfigError):
+        query.statement(Query(**wanted))  # type: ignore[arg-type]
+
+
+# Rows
+
+
+def test_order_is_total_and_limit_holds(filled: Database) -> None:
+    found = rows(filled, "", "n_tokens", "id", order=("-n_tokens",))
+    assert found == sorted(found, key=lambda row: (-row[0], row[1]))
+    assert rows(filled, "", "n_tokens", "id", order=("-n_tokens",), limit=3) == found[:3]
+    subjects = [s for (s,) in rows(filled, "", "subject", order=("-subject",))]
+    assert subjects == sorted(filter(None, subjects), reverse=True) + [None] * subjects.count(None)
+
+
+def test_every_field_can_be_selected_compared_and_ordered_by(filled: Database) -> None:
+    literals = {Kind.TEXT: "'x'", Kind.INTEGER: "1", Kind.NUMBER: "1.5", Kind.BOOLEAN: "True",
+                Kind.TIME: "'2026-05-01 12:00'"}  # fmt: skip
+    kinds = {Kind.TEXT: str, Kind.INTEGER: int, Kind.NUMBER: float, Kind.BOOLEAN: bool,
+             Kind.TIME: datetime}  # fmt: skip
+    for name, field in FIELDS.items():
+        value = repr(str(field.values[0])) if field.values else literals[field.kind]
+        rows(filled, f"{name} == {value}", name, order=(name,))
+        found = {type(v) for (v,) in rows(filled, "", name) if v is not None}
+        assert found <= {kinds[field.kind]}, name
+        assert field.description
+
+
+def test_times_are_compared_in_utc_unless_they_say_otherwise(filled: Database) -> None:
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    assert query.count(filled, f"created_at < '{soon.replace(tzinfo=None)}'") == 21
+    assert query.count(filled, f"created_at > '{soon}'") == 0
+    for odd in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        query.count(filled, f"created_at > '{odd}'")
+
+
+def test_query_cannot_write(filled: Database) -> None:
+    """PostgreSQL itself refuses, whatever the expression became."""
+    with (
+        pytest.raises(DBAPIError, match="read-only transaction"),
+        query._reading(filled) as session,
+    ):
+        session.execute(text("UPDATE runs SET name = 'x'"))
+
+
+def test_slow_query_is_stopped(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "STATEMENT_TIMEOUT", 1)
+    with pytest.raises(DatabaseError, match="stopped after 1 s"), query._reading(db) as session:
+        session.execute(text("SELECT pg_sleep(50)"))
+
+
+def test_unused_tables_are_not_read(filled: Database) -> None:
+    with query._reading(filled) as session:
+        wanted = query.statement(Query("n_calls > 1", ("id", "answer")))
+        compiled = wanted.compile(session.connection(), compile_kwargs={"literal_binds": True})
+        plan = str(session.execute(text(f"EXPLAIN {compiled}")).all())
+    assert "trajectories" in plan
+    assert not [t for t in ("runs", "problems", "work_items") if t in plan]
+
+
+MANY = 20_000
+MEASURE = """
+import json, sys
+from shared.store import Database
+from tirgen import query
+db = Database(sys.argv[1])
+if sys.argv[3] == "control":
+    query.BATCH = int(sys.argv[2])
+with query.run(db, query.Query("", ("id", "answer"), limit=int(sys.argv[2]))) as rows:
+    n = sum(len(answer) for _, answer in rows)
+status = open("/proc/self/status").read()  # ru_maxrss would count the parent's memory too
+peak = int(status.split("VmHWM:")[1].split()[0]) // 1024
+print(json.dumps({"n": n, "peak": peak}))
+"""
+
+
+def test_memory_does_not_grow_with_rows(db: Database) -> None:
+    """20 000 rows of 4 kB take no more than 2 000; control: fetched at once, they do."""
+    with db.begin() as session:
+        stored.add_run(session, "big", MANY)
+        import_problems(session, [stored.problem(0)])
+        key = stored.problem(0).key
+        session.execute(
+            text(
+                "INSERT INTO work_items (run_id, problem_key, sample_index, fingerprint, "
+                "idempotency_key, state) SELECT 1, :key, i, 'f', i::text, 'vetted' "
+                "FROM generate_series(1, :n) i"
+            ),
+            {"key": key, "n": MANY},
+        )
+        session.execute(
+            text(
+                "INSERT INTO trajectories (run_id, item_id, problem_key, content_hash, end_reason, "
+                "answer, vetted, thinking, seed, n_steps, n_calls, n_failed_calls, n_corrections, "
+                "n_tokens, duration, reasoner_model, code_version, cleaned, body, body_bytes) "
+                "SELECT 1, id, :key, '', 'answered', repeat('x', 4096), true, false, 0, 1, 1, 0, "
+                "0, 1, 1, 'm', 'c', false, '', 0 FROM work_items"
+            ),
+            {"key": key},
+        )
+
+    def peak(limit: int, how: str = "streamed") -> int:
+        url = db.url.render_as_string(hide_password=False)
+        command = [sys.executable, "-c", MEASURE, url, str(limit), how]
+        said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        assert said["n"] == limit * 4096
+        return int(said["peak"])
+
+    few, many, control = peak(MANY // 10), peak(MANY), peak(MANY, "control")
+    assert many - few < 10
+    assert control - few > 50

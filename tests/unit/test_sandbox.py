@@ -1,0 +1,383 @@
+"""What the sandbox promises: outcomes, limits, seeds, concurrency, recovery, no traces."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shared.errors import SandboxError
+from shared.sandbox import Limits, Outcome, Sandbox, Tier, pool
+from shared.sandbox.observation import NO_OUTPUT, observe
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(zygotes=2) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def bare(**options: object) -> Iterator[Sandbox]:
+    """One zygote that preloads nothing: quick to start."""
+    with Sandbox(zygotes=1, preload=(), warmup="", **options) as opened:  # type: ignore[arg-type]
+        yield opened
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "did not become true in time"
+        time.sleep(0.02)
+
+
+# ---- outcomes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("print(6 * 7)", Outcome.OK),
+        ("print(1); exit(0)", Outcome.OK),
+        ("x = 1", Outcome.NO_OUTPUT),
+        ("print('  ')", Outcome.NO_OUTPUT),
+        ("import sys; print('x', file=sys.stderr)", Outcome.NO_OUTPUT),
+        ("print(1); 1 / 0", Outcome.MODEL_ERROR),
+        ("print(1); exit(3)", Outcome.MODEL_ERROR),
+        ("print(1); exit('no')", Outcome.MODEL_ERROR),
+        ("print(1); import os; os._exit(1)", Outcome.MODEL_ERROR),
+        ("def f(:", Outcome.MODEL_ERROR),
+        ("import no_such_module", Outcome.MODEL_ERROR),
+        ("input()", Outcome.MODEL_ERROR),
+        ("print(1); import ctypes; ctypes.string_at(0)", Outcome.MODEL_ERROR),
+        ("print(1); import os; os.abort()", Outcome.MODEL_ERROR),
+        ("def f(): f()\nf()", Outcome.MODEL_ERROR),
+        ("a\0b", Outcome.MODEL_ERROR),
+        ("x = '\ud800", Outcome.MODEL_ERROR),
+        ("print(1)\nwhile True: pass", Outcome.TIMEOUT),
+    ],
+)
+def test_every_end_has_its_outcome(sandbox: Sandbox, code: str, outcome: Outcome) -> None:
+    result = sandbox.run(code, timeout=1)
+    assert result.outcome is outcome, result
+    assert (result.error is None) == (outcome in (Outcome.OK, Outcome.NO_OUTPUT))
+    assert result.tier is sandbox.tier
+
+
+def test_an_error_says_type_message_and_line_and_shows_only_the_models_code(
+    sandbox: Sandbox,
+) -> None:
+    result = sandbox.run("import sympy\ndef f(x):\n    return sympy.Matrix([[1, 0]]).inv()\nf(0)")
+    assert result.error is not None
+    assert result.error.type == "NonSquareMatrixError"
+    assert result.error.line == 3
+    assert "return sympy.Matrix" in result.error.traceback
+    assert result.error.traceback in result.stderr
+    for path in (sys.prefix, sys.base_prefix, "site-packages", "shared/sandbox"):
+        assert path not in result.stderr
+
+
+def test_the_libraries_compute(sandbox: Sandbox) -> None:
+    code = (
+        "import sympy, numpy, scipy.optimize\nx = sympy.Symbol('x')\n"
+        "print(sympy.solve(x**2 - 2, x), numpy.linalg.det(numpy.eye(3)),"
+        " round(scipy.optimize.brentq(lambda t: t - 1, 0, 3), 6))"
+    )
+    assert sandbox.run(code).stdout == "[-sqrt(2), sqrt(2)] 1.0 1.0\n"
+
+
+def test_threads_finish_and_exit_handlers_run_as_in_an_interpreter(sandbox: Sandbox) -> None:
+    code = (
+        "import threading, atexit, time\natexit.register(lambda: print('bye'))\n"
+        "threading.Thread(target=lambda: (time.sleep(.05), print('thread'))).start()"
+    )
+    assert sandbox.run(code).stdout == "thread\nbye\n"
+
+
+def test_output_of_a_killed_run_is_kept(sandbox: Sandbox) -> None:
+    result = sandbox.run("print('before')\nwhile True: pass", timeout=0.3)
+    assert (result.outcome, result.stdout) == (Outcome.TIMEOUT, "before\n")
+    assert result.cpu_time >= 0.3
+
+
+def test_a_run_that_sleeps_is_ended_by_the_wall_and_one_that_waits_its_turn_is_not() -> None:
+    """A clock that started in the queue would end the second run: it waits longer than its wall."""
+
+    class Quick(Limits):
+        def wall(self, timeout: float) -> float:
+            return 2.0
+
+    results = []
+    with bare(limits=Quick()) as sandbox:
+        sleeper = "import time; time.sleep(60)"
+
+        def work() -> None:
+            results.append(sandbox.run(sleeper, timeout=5))
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        waited = sandbox.run("print(1)", timeout=5)
+        for thread in threads:
+            thread.join()
+    assert [r.outcome for r in results] == [Outcome.TIMEOUT] * 2
+    assert all(r.duration < 4 for r in results)
+    assert waited.outcome is Outcome.OK
+
+
+@pytest.mark.parametrize(
+    "text", ["é∑😀", "a\0b", "tab\tnew\r\n", "\x1b[31mred\x1b[0m"], ids=["utf8", "nul", "cr", "esc"]
+)
+def test_text_arrives_as_it_was_printed(sandbox: Sandbox, text: str) -> None:
+    assert sandbox.run(f"print({text!r}, end='')").stdout == text
+
+
+def test_what_is_no_text_is_replaced_never_an_error(sandbox: Sandbox) -> None:
+    assert sandbox.run("print('\\ud800')").stdout == "\\ud800\n"
+    raw = sandbox.run("import sys; sys.stdout.buffer.write(b'\\xff\\xfe1')")
+    assert (raw.outcome, raw.stdout) == (Outcome.OK, "��1")
+
+
+def test_output_is_cut_while_it_is_read_and_the_cut_is_counted() -> None:
+    with bare(limits=Limits(output=1000)) as sandbox:
+        result = sandbox.run("print('x' * 50_000)")
+    assert result.stdout == "x" * 1000
+    assert result.bytes_cut == 50_001 - 1000
+
+
+def test_limits_are_named_in_the_errors_they_cause() -> None:
+    limits = Limits(memory=256 << 20, flood=1 << 20)
+    with bare(limits=limits) as sandbox:
+        memory = sandbox.run("x = bytearray(1 << 30)")
+        flood = sandbox.run("while True: print('x' * 1000)")
+    assert memory.error is not None
+    assert memory.error.message == f"out of memory={256 << 20} bytes"
+    assert flood.outcome is Outcome.MODEL_ERROR
+    assert flood.error is not None
+    assert f"flood={1 << 20}" in flood.error.message
+
+
+# ---- seeds ---------------------------------------------------------------------------------------
+
+DRAW = "import random, numpy\nprint(random.random(), numpy.random.rand(), {'a', 'b', 'c', 'd'})"
+
+
+def test_a_seed_decides_every_draw_and_set_order_in_any_zygote(sandbox: Sandbox) -> None:
+    first = sandbox.run(DRAW, seed=1)
+    assert sandbox.run(DRAW, seed=1).stdout == first.stdout
+    assert sandbox.run(DRAW, seed=2).stdout != first.stdout
+    with Sandbox(zygotes=1, preload=("numpy",), warmup="") as other:
+        assert other.run(DRAW, seed=1).stdout == first.stdout
+    assert sandbox.run(DRAW, seed=2**40).outcome is Outcome.OK
+
+
+# ---- many callers --------------------------------------------------------------------------------
+
+
+def test_hundreds_of_coroutines_share_one_sandbox_and_each_gets_its_own_answer() -> None:
+    async def main() -> list[str]:
+        async with Sandbox(zygotes=2, preload=(), warmup="") as s:
+            runs = [s.arun(f"print({i})", timeout=10) for i in range(300)]
+            return [result.stdout for result in await asyncio.gather(*runs)]
+
+    assert asyncio.run(main()) == [f"{i}\n" for i in range(300)]
+
+
+def test_cancelling_kills_the_run() -> None:
+    async def main() -> None:
+        async with Sandbox(zygotes=1, preload=(), warmup="") as s:
+            task = asyncio.create_task(s.arun("while True: pass", timeout=500))
+            await asyncio.to_thread(eventually, lambda: len(_tree(s)) >= 3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            # The only zygote is free again, long before the run's own timeout.
+            assert (await s.arun("print(1)")).stdout == "1\n"
+
+    asyncio.run(main())
+
+
+def test_a_sandbox_belongs_to_the_process_that_opened_it(sandbox: Sandbox) -> None:
+    """A fork of the owner may neither use it nor, by closing its copy, break the owner's."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sandbox.run("print(1)")
+        except SandboxError:
+            sandbox.close()
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert sandbox.run("print(1)").stdout == "1\n"
+
+
+def test_it_opens_in_a_forked_child_and_works_under_asyncio_there() -> None:
+    """The situation of a Celery prefork worker."""
+    pid = os.fork()
+    if pid == 0:
+
+        async def main() -> str:
+            async with Sandbox(zygotes=1, preload=(), warmup="") as s:
+                return (await s.arun("print(5)")).stdout
+
+        os._exit(0 if asyncio.run(main()) == "5\n" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# ---- recovery and traces -------------------------------------------------------------------------
+
+
+def _tree(sandbox: Sandbox) -> list[psutil.Process]:
+    """Processes of the sandbox: launchers, zygotes, runs."""
+    found = []
+    for zygote in list(sandbox._all):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(zygote.process.pid)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def test_a_killed_zygote_is_replaced_and_its_run_tried_again() -> None:
+    with bare() as sandbox:
+        before = {p.pid for p in _tree(sandbox)}
+        for process in _tree(sandbox):
+            process.kill()
+        assert sandbox.run("print(1)").stdout == "1\n"
+        assert before.isdisjoint(p.pid for p in _tree(sandbox))
+
+
+def test_a_zygote_killed_under_a_run_costs_one_silent_retry_and_then_is_an_infrastructure_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with bare() as sandbox:
+        stop = threading.Event()
+
+        def killer() -> None:
+            while not stop.is_set():
+                for process in _tree(sandbox):
+                    if len(process.children()) == 0 and len(_tree(sandbox)) >= 3:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            process.parent().kill()
+                stop.wait(0.05)
+
+        thread = threading.Thread(target=killer)
+        thread.start()
+        result = sandbox.run("import time; time.sleep(30)", timeout=20)
+        stop.set()
+        thread.join()
+        assert result.outcome is Outcome.INFRASTRUCTURE_ERROR
+        assert sandbox.run("print(1)").stdout == "1\n"
+
+
+def test_worn_zygotes_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "RUNS_PER_ZYGOTE", 2)
+    with bare() as sandbox:
+        first = next(iter(sandbox._all))
+        for _ in range(3):
+            assert sandbox.run("print(1)").stdout == "1\n"
+        assert not first.alive
+        assert first not in sandbox._all
+
+
+@pytest.mark.parametrize("tier", [Tier.A, Tier.B])
+def test_closing_leaves_no_process_and_no_directory(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pool, "TIERS", (tier,))
+    monkeypatch.setattr(pool, "_ENVIRONMENT", pool._ENVIRONMENT | {"TMPDIR": str(tmp_path)})
+    with bare(minimum_tier=tier) as sandbox:
+        sandbox.run("open('file', 'w').write('x')\nimport os\nos.mkdir('d', 0)")
+        cells = sandbox.session()
+        cells.open()
+        cells.run("x = 1")
+        processes = _tree(sandbox)
+        assert len(processes) >= 3
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tier", [Tier.A, Tier.B])
+def test_when_the_owner_is_killed_everything_dies(tier: Tier, tmp_path: Path) -> None:
+    program = (
+        "import sys, time, threading\nfrom shared.sandbox import Sandbox, Tier, pool\n"
+        f"pool.TIERS = (Tier.{tier.name},)\n"
+        f"pool._ENVIRONMENT['TMPDIR'] = {str(tmp_path)!r}\n"
+        "s = Sandbox(zygotes=1, preload=(), warmup=''); s.open()\n"
+        "threading.Thread(target=s.run, args=('import time; time.sleep(1000)',),"
+        " kwargs={'timeout': 900}).start()\n"
+        "print('ready', flush=True)\ntime.sleep(1000)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"ready\n"
+    wanted = 3 if tier is Tier.A else 2  # (launcher,) zygote, run
+    root = psutil.Process(owner.pid)
+    eventually(lambda: len(root.children(recursive=True)) >= wanted)
+    processes = root.children(recursive=True)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- tiers ---------------------------------------------------------------------------------------
+
+
+def test_a_host_below_the_minimum_is_refused_with_reason_and_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Sandbox, tier: Tier) -> None:
+        raise pool.LostError("no such thing here")
+
+    monkeypatch.setattr(Sandbox, "_launch", refuse)
+    with pytest.raises(SandboxError) as caught:
+        Sandbox().open()
+    assert caught.value.where == "tier A: no such thing here; tier B: no such thing here"
+    assert "landlock" in (caught.value.remedy or "")
+
+
+def test_a_tier_is_used_only_if_its_own_check_finds_that_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tier D confines nothing; under tier B's name it must not get past the self-check."""
+    monkeypatch.setattr(pool, "TIERS", (Tier.D,))
+    with pytest.raises(SandboxError), bare(minimum_tier=Tier.C):
+        pass
+    with bare(minimum_tier=Tier.D) as sandbox:
+        assert sandbox.run("print(1)").tier is Tier.D
+
+
+# ---- observations --------------------------------------------------------------------------------
+
+
+def test_the_paper_style_shows_output_last_error_line_or_a_hint(sandbox: Sandbox) -> None:
+    def shown(code: str) -> str:
+        return observe(sandbox.run(code, timeout=0.5))
+
+    assert shown("print(' 42 ')") == "42"
+    assert shown("print('a')\nx = y") == "NameError: name 'y' is not defined"
+    assert shown("x = 1") == NO_OUTPUT
+    assert shown("while True: pass").startswith("TimeoutError")
+    assert shown("print('The Error is', 3)\nprint('and', 4)") == "The Error is 3\nand 4"
+    assert shown("print('a' * 200 + 'b' * 200)") == "a" * 128 + "..." + "b" * 128
+    assert shown("print('a' * 255)") == "a" * 255
+    assert shown("import ctypes; ctypes.string_at(0)") == "SIGSEGV: killed by SIGSEGV"
+
+
+def test_the_plain_style_keeps_everything(sandbox: Sandbox) -> None:
+    text = observe(sandbox.run("print('a' * 300)\n1 / 0"), "plain")
+    assert text.startswith("a" * 300)
+    assert "line 2" in text
+    with pytest.raises(ValueError, match="infrastructure"):
+        observe(sandbox.infrastructure_error("gone"))

@@ -1,0 +1,42 @@
+"""The command line: one line to generate, one to look. `main` turns errors into messages."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shared.errors import TirgenError
+from tirgen.cli import generate, read, stack
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Turn math problems into vetted, tool-integrated reasoning trajectories in PostgreSQL.",
+)
+
+PANELS: dict[str, list[Callable[..., None]]] = {
+    "Generate": [generate.generate, generate.resume, generate.retry, generate.cancel],
+    "Look": [read.runs, read.query, read.show, read.stats],
+    "The stack": [stack.up, stack.down, stack.status, stack.doctor, stack.worker],
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(read.db_app, name="db", rich_help_panel="The stack")
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except TirgenError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)

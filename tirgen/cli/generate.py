@@ -1,0 +1,195 @@
+"""generate, resume, retry, cancel: a run from the command line, watched until it ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from shared.store.models import ItemState, RunState
+from shared.store.queries import Funnel, usage
+from shared.work import items
+from tirgen import runs
+from tirgen.cli.common import console, open_database
+from tirgen.cli.read import stats
+from tirgen.client import Client
+from tirgen.config import PRESETS, override
+from tirgen.problems import load_problems
+
+COLUMNS = (
+    SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
+    MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    TextColumn("{task.fields[facts]}"),
+)  # fmt: skip
+
+Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML, over the preset.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value over both; may be repeated.")
+]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(envvar="TIRGEN_BASE_URL", help="OpenAI-compatible server of all roles."),
+]
+Model = Annotated[str | None, typer.Option(help="Model name, all roles.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Return at once; workers go on.")]
+Name = Annotated[str, typer.Argument(help="The run's name, see `tirgen runs`.")]
+
+
+def generate(
+    files: Annotated[
+        list[str],
+        typer.Argument(help="Problem files (jsonl, csv, parquet), a dataset's name, or `nano`."),
+    ],
+    run: Annotated[str | None, typer.Option(help="Name of the run; made up if not given.")] = None,
+    run_prefix: Annotated[str, typer.Option(hidden=True)] = "run",
+    samples: Annotated[int, typer.Option(min=1, help="Trajectories per problem.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
+    preset: Preset = "nano",
+    config: ConfigFile = None,
+    settings: Settings = None,
+    base_url: BaseUrl = None,
+    model: Model = None,
+    slots: Annotated[int, typer.Option(min=1, help="Worker processes at once.")] = 1,
+    detach: Detach = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the configuration.")
+    ] = False,
+) -> None:
+    """Turn problems into vetted trajectories.
+
+    With nothing configured this starts its own PostgreSQL, worker and small model, and leaves them
+    up (`tirgen down` stops them). Ctrl-C stops the run; `tirgen resume` goes on with it.
+    """
+    sources = [load_problems(source, limit) for source in files]
+    problems = [problem for source in sources for problem in source][:limit]
+    for source in sources:
+        if source.n_duplicates or source.n_unanswered:
+            console.print(
+                f"{source.source}: left out {source.n_duplicates} duplicates and "
+                f"{source.n_unanswered} problems without an answer",
+                highlight=False,
+                markup=False,
+            )
+    client = Client()
+    chosen = client.configure(preset, config, settings or (), base_url, model)
+    if show_config:
+        typer.echo(chosen.model_dump_json(indent=2))
+        return
+    name = run or f"{run_prefix}-{datetime.now():%m%d-%H%M%S}"
+    client.generate(problems, config=chosen, run=name, samples=samples, slots=slots)
+    _watch(client, name, detach)
+
+
+def resume(
+    name: Name,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    base_url: BaseUrl = None,
+    detach: Detach = False,
+) -> None:
+    """Go on with a run that was stopped or whose workers died.
+
+    Its configuration is the stored one. Addresses, patience and `in_flight` may be changed here;
+    what would generate something else is refused, and the field named.
+    """
+    client = Client()
+    if config or settings or base_url:
+        stored = runs.stored_config(runs.find(client.db, name))
+        runs.reconfigure(client.db, name, override(stored, config, settings or (), base_url))
+    _again(client, name, detach, failed=False)
+
+
+def retry(name: Name, detach: Detach = False) -> None:
+    """Generate a run's failed items again, with a clean slate."""
+    _again(Client(), name, detach, failed=True)
+
+
+def cancel(name: Name) -> None:
+    """Stop a run; finished trajectories stay, and `tirgen resume` goes on with the rest."""
+    db = open_database()
+    n = items.cancel(db, runs.find(db, name).id)
+    console.print(f"{n} open items cancelled." if n else f"Run {name} has no open items.")
+
+
+def _again(client: Client, name: str, detach: bool, *, failed: bool) -> None:
+    run = runs.find(client.db, name)
+    again = ItemState.FAILED if failed else ItemState.CANCELLED
+    now = next(client.progress(name))
+    if not now.n_open + now.items[again]:
+        console.print(f"Run {name} has nothing left to do.")
+        return
+    chosen = runs.stored_config(run)
+    if any(client.stack.is_nano(address.base_url) for address in runs.endpoints(chosen)):
+        chosen = override(chosen, base_url=client.stack.start_nano())  # its port may be another
+        runs.reconfigure(client.db, name, chosen)
+    runs.preflight(client.db, chosen)
+    n = (items.retry if failed else items.reopen)(client.db, run.id)
+    if n:
+        console.print(f"{n} {again} items queued again.")
+    client.work()
+    _watch(client, name, detach)
+
+
+def _watch(client: Client, name: str, detach: bool) -> None:
+    """Show progress until the run ends. Ctrl-C stops the run, and leaves it to be resumed."""
+    if detach:
+        console.print(f"Run {name} goes on in the background: tirgen stats {name}")
+        return
+    try:
+        with Progress(*COLUMNS, console=console) as progress:
+            done = _follow(client, name, progress)
+    except KeyboardInterrupt:
+        items.cancel(client.db, runs.find(client.db, name).id)
+        console.print(f"\nStopped. Go on with: tirgen resume {name}")
+        raise typer.Exit(130) from None
+    stats(name)
+    if done.state is RunState.CANCELLED:
+        raise typer.Exit(1)
+    typer.echo(_next_steps(name))  # not wrapped: to be pasted
+
+
+def _follow(client: Client, name: str, progress: Progress) -> Funnel:
+    task = progress.add_task(name, total=None, facts="")
+    started, first = time.monotonic(), None
+    for now in client.progress(name):
+        with client.db.session() as session:
+            tokens = sum(row.completion_tokens for row in usage(session, now.run_id))
+        closed = now.n_items - now.n_open
+        first = closed if first is None else first
+        rate = (closed - first) / (time.monotonic() - started)
+        facts = _facts(now, closed, rate, tokens)
+        progress.update(task, completed=closed, total=now.n_items, facts=facts)
+    return now
+
+
+def _facts(now: Funnel, closed: int, rate: float, tokens: int) -> str:
+    vetted, failed = now.items[ItemState.VETTED], now.items[ItemState.FAILED]
+    share = vetted / closed if closed else 0.0
+    return f"{rate:.1f}/s  vetted {share:.0%}  failed {failed}  {tokens / 1000:.0f}k tokens"
+
+
+def _next_steps(name: str) -> str:
+    """Lines to paste, with the program as it was called."""
+    program = sys.argv[0] if sys.argv[0].endswith("tirgen") else "python -m tirgen"
+    run = f'run == "{name}"'
+    queries = (
+        f"'{run} and vetted' --columns id,subject,n_calls,answer",
+        f"'{run} and n_calls >= 2' --order -n_tokens --columns id,subject,n_calls,n_tokens,answer",
+        f"'{run} and not vetted' --columns id,subject,reject_check,answer,reference",
+    )
+    lines = [f"  {program} query {query}" for query in queries]
+    return "\n".join(["\nLook closer:", *lines, f"  {program} show ID"])

@@ -1,0 +1,129 @@
+"""up, down, status, doctor, worker: the stack and what each part needs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from shared.endpoints import Endpoint, EndpointConfig
+from shared.errors import TirgenError
+from shared.sandbox import Sandbox
+from shared.store import migrate
+from shared.store.database import Database, resolve_url
+from shared.work.celery_app import check_broker, make_app, prepare_broker
+from tirgen.cli.common import Format, console, open_database
+from tirgen.stack import Stack
+from tirgen.worker import serve
+
+
+def up() -> None:
+    """Start database, policy and worker, and bring the database's schema up to date."""
+    stack = Stack()
+    if not stack.database_url:
+        stack.postgres.start()
+    open_database().close()
+    stack.up()
+    _print_status(stack)
+
+
+def down() -> None:
+    """Stop what `up` started. A worker first finishes or gives back what it is working on."""
+    Stack().down()
+
+
+def status(format: Annotated[Format, typer.Option()] = Format.TABLE) -> None:
+    """Which parts run, and where."""
+    stack = Stack()
+    if format is Format.TABLE:
+        _print_status(stack)
+        return
+    rows = [{"part": p.name, "running": p.running, "detail": p.detail} for p in stack.status()]
+    typer.echo(json.dumps(rows))
+
+
+def _print_status(stack: Stack) -> None:
+    table = Table("part", "state", "where", box=None)
+    for part in stack.status():
+        table.add_row(part.name, "[green]up" if part.running else "[yellow]down", part.detail)
+    console.print(table)
+
+
+def worker(
+    processes: Annotated[int, typer.Option(help="Celery child processes.", min=1)] = 1,
+) -> None:
+    """A Celery worker of the `generate` queue with the right settings; SIGTERM drains it."""
+    raise typer.Exit(serve(open_database(), processes))
+
+
+def doctor() -> None:
+    """Check every part, and say what to do about those that do not work."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", lambda: sys.version.split()[0]),
+        ("database", _database),
+        ("broker", _broker),
+        ("policy", _policy),
+        ("sandbox", _sandbox),
+        ("gpu", _gpu),
+    ]
+    failed = False
+    for name, check in checks:
+        try:
+            console.print(f"[green]ok  [/] {name:9} {check()}", highlight=False)
+        except TirgenError as error:
+            failed = True
+            console.print(f"[red]fail[/] {name:9} ", end="")
+            console.print(str(error), markup=False, highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _database() -> str:
+    db = Database(resolve_url())
+    try:
+        return f"{db.location}, schema {migrate.current(db) or 'empty: tirgen db upgrade'}"
+    finally:
+        db.close()
+
+
+def _broker() -> str:
+    db = open_database()
+    app = make_app(db)
+    prepare_broker(db, app)
+    check_broker(app)
+    if app.conf.broker_url.startswith("pgmq"):
+        return "pgmq, on the database"
+    return str(app.connection_for_write().as_uri())  # without the password
+
+
+def _policy() -> str:
+    stack = Stack()
+    url = stack.start_nano()
+
+    async def ask() -> str:
+        async with Endpoint(EndpointConfig(base_url=url, model="nano")) as endpoint:
+            return ", ".join(await endpoint.check())
+
+    if stack.base_url:
+        return f"{url} (TIRGEN_BASE_URL; `tirgen generate` checks the models)"
+    return f"{url}: {asyncio.run(ask())}"
+
+
+def _sandbox() -> str:
+    with Sandbox() as sandbox:
+        result = sandbox.run("print(6 * 7)")
+        return f"tier {result.tier}, a run took {result.duration * 1000:.0f} ms"
+
+
+def _gpu() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "none found (only vLLM and the trainer want one)"
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()

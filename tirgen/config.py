@@ -1,0 +1,334 @@
+"""What a run is: one frozen, typed object, its presets, and the fingerprint that names it.
+
+A config is read from a preset, then a file, then `key=value` settings, each over the one before.
+Everything is checked before any work starts. Two configs with the same fingerprint generate the
+same distribution: it covers every field except `NOT_IDENTITY`, and the text of the prompts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+
+from shared.endpoints import EndpointConfig, Sampling
+from shared.errors import ConfigError
+from shared.prompts import Profile, version
+from shared.sandbox.observation import Style
+from shared.sandbox.result import Tier
+from shared.trajectory import Check, content_hash
+from tirgen.code_quality import Rule
+
+PRESETS = ("nano", "nano-think", "paper", "authors-code")
+
+# Where a request goes and how patiently does not change what is asked.
+NOT_IDENTITY = frozenset(
+    f"{role}.endpoint.{name}"
+    for role in ("reasoner", "extractor", "judge")
+    for name in (
+        "base_url", "api_key_env", "concurrency", "timeout", "connect_timeout", "deadline",
+        "max_retries",
+    )
+) | {"tool.minimum_tier", "in_flight"}  # fmt: skip
+
+
+Mark = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Role(Section):
+    """A model in one role. Sampling defaults are the paper's (P3, appendix D.1)."""
+
+    endpoint: EndpointConfig
+    temperature: float = Field(default=0.6, ge=0, le=10)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int | None = Field(
+        default=50, ge=-1, description="Paper 50, released code 30 (9.2 no. 15)."
+    )
+
+    def sampling(self, max_tokens: int, stop: tuple[str, ...] = ()) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_tokens=max_tokens,
+            stop=stop,
+            include_stop=True,
+        )
+
+
+class ReasonerConfig(Role):
+    """π_actor of Alg. 1. Its server must speak vLLM's /tokenize and token-id prompts."""
+
+    thinking: bool = False
+    l_step: int = Field(default=512, ge=8, description="L_step: longest step, in tokens.")
+    boundary: Literal["paragraph", "window"] = Field(
+        default="paragraph",
+        description="paragraph: a step ends at a blank line. window: L_step tokens, cut back.",
+    )
+    cut_at: tuple[Mark, ...] = Field(
+        default=("\n\n", ". ", "\n"),
+        description="Where a step that reached L_step is cut back to: first that occurs.",
+    )
+    own_blocks: Literal["execute", "reject"] = Field(
+        default="execute", description="A python block that the reasoner wrote itself (9.1 no. 12)."
+    )
+
+
+class ExtractorConfig(Role):
+    """π_critic of Alg. 1: judge, extract, convert. It sees one step and nothing else."""
+
+    calls: Literal["one", "three"] = Field(
+        default="one", description="one: a JSON reply, three calls if it is unusable (9.2 no. 16)."
+    )
+    response_format: Literal["text", "json_object", "json_schema"] = "text"
+    max_tokens: int = Field(default=2048, ge=16)
+    chat_template_kwargs: dict[str, bool | int | FiniteFloat | str] = Field(
+        default={"enable_thinking": False},
+        description="The critic does not think; {} for other servers.",
+    )
+    min_overlap: float = Field(
+        default=0.6,
+        ge=0,
+        le=1,
+        description="Share of the rewritten step's words that must come, in order, from the step.",
+    )
+
+
+class JudgeConfig(Role):
+    """A model's opinion on the final answer; recorded as a verdict, never decides."""
+
+    max_tokens: int = Field(default=8, ge=1)
+
+
+class Budgets(Section):
+    """Per trajectory, each by itself (9.1 no. 2)."""
+
+    calls: int = Field(
+        default=5, ge=1, description="Executed tool calls that stand in the trajectory."
+    )
+    steps: int = Field(default=64, ge=1)
+    tokens: int = Field(default=4096, ge=16, description="Length of the response, policy's tokens.")
+
+
+class Correction(Section):
+    """Self-correction of a failed call (method.md 5.1, 9.1 no. 4)."""
+
+    strategy: Literal["none", "suffix"] = "none"
+    l_suf: int = Field(default=100, ge=1, description="L_suf: tokens dropped from the step's end.")
+    n_corr: int = Field(default=4, ge=1, description="N_corr: tries per step.")
+    n_corr_total: int = Field(default=12, ge=1, description="Tries per trajectory (9.2 no. 9).")
+
+
+class Tool(Section):
+    timeout: float = Field(default=10.0, gt=0, le=600, description="CPU seconds per call.")
+    observation: Style = "paper"
+    minimum_tier: Tier = Tier.B
+
+
+class VerifierConfig(Section):
+    """Which checks decide, in this order, and the rule of code quality (9.2 no. 18)."""
+
+    required: tuple[Check, ...] = (
+        Check.EXECUTED,
+        Check.FORMAT,
+        Check.CALLS_OK,
+        Check.REPRODUCED,
+        Check.ANSWER,
+        Check.CODE_QUALITY,
+    )
+    trivial: Rule = Field(
+        default="syntax",
+        description="syntax: no library call and no control flow (paper). lines: at most 5 (code).",
+    )
+    max_trivial: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="Trivial blocks allowed: ceil(share x blocks), never all of them.",
+    )
+
+    @field_validator("required")
+    @classmethod
+    def _tools_are_used_and_no_model_decides(cls, required: tuple[Check, ...]) -> tuple[Check, ...]:
+        if Check.EXECUTED not in required:
+            raise ValueError(f"{Check.EXECUTED.value!r} must be among them")
+        if Check.JUDGE in required:
+            raise ValueError(f"{Check.JUDGE.value!r} is recorded only, it cannot decide")
+        return required
+
+
+class RunConfig(Section):
+    prompts: Profile = "full"
+    seed: int = 0
+    in_flight: int = Field(
+        default=32, ge=1, le=1000, description="Samples at once per worker process."
+    )
+    reasoner: ReasonerConfig
+    extractor: ExtractorConfig
+    judge: JudgeConfig | None = None
+    budgets: Budgets = Budgets()
+    correction: Correction = Correction()
+    tool: Tool = Tool()
+    verifier: VerifierConfig = VerifierConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """Field path -> value for every field that decides what is generated."""
+        fields = {path: value for path, value in _leaves(self) if path not in NOT_IDENTITY}
+        return {**fields, "prompts.version": version(self.prompts)}
+
+    @property
+    def fingerprint(self) -> str:
+        return content_hash(self.identity())[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for every field of two identities that differs."""
+    return [
+        f"{path}: {_shown(old, path)} in the run, {_shown(new, path)} now"
+        for path in sorted(old.keys() | new.keys())
+        if path not in old or path not in new or old[path] != new[path]
+    ]
+
+
+def load(
+    preset: str = "nano",
+    file: Path | None = None,
+    settings: Iterable[str] = (),
+    base_url: str | None = None,
+    model: str | None = None,
+) -> RunConfig:
+    """Preset < file < base_url and model (all roles) < settings. Raises ConfigError naming the key.
+
+    `settings` are `key=value` with a TOML value ("budgets.calls=3"); a bare word is a string.
+    """
+    values = _read(_preset_text(preset), f"preset {preset}")
+    return _layered(values, f"preset {preset}", file, settings, base_url, model)
+
+
+def override(
+    config: RunConfig,
+    file: Path | None = None,
+    settings: Iterable[str] = (),
+    base_url: str | None = None,
+) -> RunConfig:
+    """`config` < file < base_url < settings. Raises ConfigError as `load` does."""
+    values = config.model_dump(mode="json")
+    return _layered(values, "the run's own configuration", file, settings, base_url, None)
+
+
+def _layered(
+    values: dict[str, Any],
+    where: str,
+    file: Path | None,
+    settings: Iterable[str],
+    base_url: str | None,
+    model: str | None,
+) -> RunConfig:
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"Cannot read the config file: {error}", where=str(file)) from error
+        _merge(values, _read(text, str(file)))
+    asked = {name: value for name, value in (("base_url", base_url), ("model", model)) if value}
+    for role in ("reasoner", "extractor", "judge"):
+        if asked and isinstance(values.get(role), dict):
+            _merge(values[role], {"endpoint": asked})
+    for setting in settings:
+        key, sep, value = setting.partition("=")
+        if not sep or not key:
+            raise ConfigError(f"{setting!r} is not key=value.", where="--set")
+        _merge(values, _nested(key.split("."), _value(value)))
+    return parse(values, str(file) if file else where)
+
+
+def parse(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate; every wrong key is named, an unknown one with its nearest neighbour."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e["type"], e["loc"], e["msg"]) for e in error.errors()]
+        raise ConfigError(
+            "The configuration is not valid:\n    " + "\n    ".join(lines),
+            where=where,
+            remedy="`tirgen generate --show-config` prints every key with its value.",
+        ) from error
+
+
+def _explain(kind: str, loc: tuple[str | int, ...], message: str) -> str:
+    path = ".".join(map(str, loc))
+    if kind != "extra_forbidden":
+        return f"{path}: {message}"
+    model: Any = RunConfig
+    for part in loc[:-1]:
+        model = _section(model.model_fields[str(part)].annotation)
+    near = difflib.get_close_matches(str(loc[-1]), list(model.model_fields), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{path}: unknown key{hint}"
+
+
+def _section(annotation: Any) -> Any:
+    """The model class inside `X` or `X | None`."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+
+
+def _preset_text(preset: str) -> str:
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1)
+        raise ConfigError(
+            f"There is no preset {preset!r}.",
+            where="--preset",
+            remedy=f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}",
+        )
+    return files("tirgen").joinpath("presets", f"{preset}.toml").read_text(encoding="utf-8")
+
+
+def _read(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"Not valid TOML: {error}", where=where) from error
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    return {path[0]: value if len(path) == 1 else _nested(path[1:], value)}
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _shown(identity: Mapping[str, Any], path: str) -> str:
+    return repr(identity[path]) if path in identity else "absent"
+
+
+def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, JSON value) of every field that is not itself a section; a dict field is one value."""
+    plain = section.model_dump(mode="json")
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", plain[name]
