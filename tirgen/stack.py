@@ -179,11 +179,13 @@ def _is_worker(pid: int) -> bool:
 
 def _end(pid: int) -> None:
     """SIGTERM, so that it drains; SIGKILL to all of its session if that takes too long."""
-    os.kill(pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + DRAIN_SECONDS
     while _is_worker(pid):
         if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
             raise TirgenError(
                 f"The worker {pid} did not stop within {DRAIN_SECONDS:.0f} s and was killed.",
                 remedy="nothing is lost: its samples are generated again by the next worker",

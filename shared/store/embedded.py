@@ -27,7 +27,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,8 @@ class EmbeddedPostgres:
                 pid = self._postmaster()
                 if pid is None:
                     return
-                os.kill(pid, how)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, how)
                 if _eventually(lambda: not self._processes(), STOP_TIMEOUT):
                     return
         raise self._failure(f"PostgreSQL did not stop within {2 * STOP_TIMEOUT:.0f} s")
@@ -164,7 +165,8 @@ class EmbeddedPostgres:
         """
         if not _eventually(lambda: not self._processes(), ORPHAN_TIMEOUT):
             for pid in self._processes():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             if not _eventually(lambda: not self._processes(), ORPHAN_TIMEOUT):
                 raise self._failure("processes of a crashed PostgreSQL cannot be ended")
         (self.data / "postmaster.pid").unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import psutil
 import psycopg
 
 from shared.store.embedded import EmbeddedPostgres
+from tests.processes import kill
 from tirgen.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -169,8 +170,6 @@ def opened(folder: Path, **environ: str) -> Iterator[Home]:
     finally:
         said = home.tirgen("down")
         left = home.processes()
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(*left)
         assert said.code == 0, said
         assert not left, "`tirgen down` left processes"

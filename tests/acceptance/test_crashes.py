@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.acceptance.home import COMMAND, Home, alive, until
 from tests.fake_endpoint import FakeEndpoint, Reply
+from tests.processes import kill_tree
 from tests.scripted import Server, http, speech
 
 N = 30
@@ -93,12 +93,6 @@ def in_the_middle(home: Home, run: str) -> Iterator[None]:
     after = home.finished(run)
     assert len(after) == N - home.count(run, "state = 'failed'") == N
     assert before.items() <= after.items(), "what was finished is untouched"
-
-
-def kill_tree(process: psutil.Process) -> None:
-    for one in (*process.children(recursive=True), process):
-        one.kill()
-    psutil.wait_procs([process], 5)
 
 
 def test_kill_9_of_the_pool_process_loses_and_doubles_nothing(victim: Home) -> None:

@@ -22,6 +22,7 @@ from shared.work import items, slots
 from shared.work.celery_app import check_broker, make_app, prepare_broker, publish
 from shared.work.runs import create_run
 from shared.work.slots import Bell
+from tests.processes import kill, kill_tree
 
 PROGRAM = Path(__file__).with_name("worker_program.py")
 ROOT = PROGRAM.parents[2]
@@ -43,6 +44,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *map(str, arguments)],
             env={**os.environ, "TIRGEN_DATABASE_URL": url, "PYTHONPATH": str(ROOT)},
+            start_new_session=True,
         )
 
     def stop(self) -> int:
@@ -55,8 +57,7 @@ class Worker:
     def kill(self) -> None:
         """The whole tree, at once."""
         if self.process.poll() is None:
-            for process in (*self.children(), self.process):
-                process.kill()
+            kill_tree(psutil.Process(self.process.pid))
             self.process.wait()
 
 
@@ -166,8 +167,7 @@ def test_sigterm_to_the_whole_process_group_loses_nothing(
     run_id = make_run(db, [f"{gate} {i}" for i in range(4)])
     worker = start_worker(db, grace_seconds=0.5)
     until(in_state(db, run_id, ItemState.LEASED, 4), "four items are in flight")
-    for process in (*worker.children(), worker.process):
-        process.send_signal(signal.SIGTERM)
+    os.killpg(worker.process.pid, signal.SIGTERM)
     worker.process.wait(40)
     assert funnel(db, run_id).items[ItemState.QUEUED] == 4
     assert total(db, "kills") == 0
@@ -196,8 +196,7 @@ def test_killed_pool_process_is_replaced_and_its_items_recovered(
     run_id = make_run(db, [f"{gate} {i}" for i in range(4)])
     worker = start_worker(db)
     until(in_state(db, run_id, ItemState.LEASED, 4), "four items are in flight")
-    for child in worker.children():
-        child.kill()
+    kill(*worker.children())
     gate.touch()
     assert_complete(db, run_id, 4)
     assert total(db, "kills") == 4
