@@ -1,6 +1,7 @@
 """The query language: a Python expression over `FIELDS` in, one SQL condition out.
 
-`where` is the seam. It parses with `ast` and translates node by node what is listed here; all else
+`where` is the seam: one condition over `tirgen.query.joined(select(...))`, which is trajectories
+with the tables that fields come from; the caller adds columns, order and limit. It parses with `ast` and translates node by node what is listed here; all else
 is refused, and nothing is ever evaluated. Values travel as bound parameters; names come from
 `FIELDS` alone.
 

@@ -73,6 +73,7 @@ class ProblemRow(Base):
     """A question with its reference answer; `key` is `shared.trajectory.Problem.key`."""
 
     __tablename__ = "problems"
+    __table_args__ = tuple(Index(None, c) for c in ("external_id", "source", "subject", "level"))
 
     key: Mapped[str] = mapped_column(primary_key=True)
     text: Mapped[str]
@@ -169,13 +170,27 @@ class TrajectoryRow(Base):
     """A finished trajectory. `vetted` is the judgement at generation; `current_verdicts` moves on.
 
     `body` is zstd over the canonical JSON of `Trajectory.body()`; `body_bytes` its length before.
+    The lists (each value once, sorted) are of the calls that stand.
     """
 
     __tablename__ = "trajectories"
     __table_args__ = (
-        Index(None, "run_id", "vetted"),
+        CheckConstraint("vetted = (reject_check IS NULL)", name="rejected"),
         Index(None, "problem_key"),
         Index(None, "content_hash"),
+        Index(None, "created_at"),
+        Index(
+            "trajectories_lists_idx", "imports", "outcomes", "error_types", postgresql_using="gin"
+        ),
+        # With the id, in which pages are ordered: a page of equal values needs no sort.
+        Index(None, "run_id", "vetted", "id"),
+        Index(None, "run_id", "id"),
+        Index(None, "n_calls", "id"),
+        Index(None, "n_failed_calls", "id"),
+        Index(None, "n_corrections", "id"),
+        Index(None, "n_tokens", "id"),
+        Index(None, "end_reason", "id"),
+        Index(None, "reject_check", "id"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -186,6 +201,7 @@ class TrajectoryRow(Base):
     end_reason: Mapped[str]
     answer: Mapped[str | None]
     vetted: Mapped[bool]
+    reject_check: Mapped[str | None]  # the first required check that it failed
     thinking: Mapped[bool]
     seed: Mapped[int] = mapped_column(BigInteger)
     n_steps: Mapped[int]
@@ -194,6 +210,9 @@ class TrajectoryRow(Base):
     n_corrections: Mapped[int]  # failed calls taken back by self-correction
     n_tokens: Mapped[int]
     duration: Mapped[float]
+    imports: Mapped[list[str]]  # top-level modules that its code imports
+    outcomes: Mapped[list[str]]
+    error_types: Mapped[list[str]]
     sandbox_tier: Mapped[str | None]  # the weakest that any of its calls ran under
     reasoner_model: Mapped[str]
     extractor_model: Mapped[str | None]
@@ -210,6 +229,7 @@ class StepRow(Base):
     __tablename__ = "steps"
     __table_args__ = (
         Index("steps_error_type_idx", "error_type", postgresql_where=text("error_type <> ''")),
+        Index("steps_outcome_idx", "outcome", postgresql_where=text("outcome <> 'ok'")),
     )
 
     trajectory_id: Mapped[int] = mapped_column(ForeignKey("trajectories.id"), primary_key=True)

@@ -101,6 +101,7 @@ def write_trajectory(session: Session, run_id: int, item_id: int, done: Complete
         "end_reason": trajectory.end,
         "answer": clean(trajectory.answer)[0],
         "vetted": done.rejected_by is None,
+        "reject_check": done.rejected_by,
         "thinking": trajectory.thinking,
         "seed": trajectory.seed,
         "n_steps": len(trajectory.steps),
@@ -109,6 +110,11 @@ def write_trajectory(session: Session, run_id: int, item_id: int, done: Complete
         "n_corrections": sum(len(step.discarded) for step in trajectory.steps),
         "n_tokens": trajectory.n_tokens,
         "duration": done.duration,
+        "imports": sorted({name for call in calls for name in imported_modules(call.code)}),
+        "outcomes": sorted({call.result.outcome for call in calls}),
+        "error_types": sorted(
+            {clean(call.result.error.type)[0] for call in calls if call.result.error}
+        ),
         "sandbox_tier": max((call.result.tier for call in calls), default=None),
         "reasoner_model": done.reasoner_model,
         "extractor_model": done.extractor_model,

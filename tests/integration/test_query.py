@@ -394,9 +394,10 @@ def test_memory_does_not_grow_with_rows(db: Database) -> None:
             text(
                 "INSERT INTO trajectories (run_id, item_id, problem_key, content_hash, end_reason, "
                 "answer, vetted, thinking, seed, n_steps, n_calls, n_failed_calls, n_corrections, "
-                "n_tokens, duration, reasoner_model, code_version, cleaned, body, body_bytes) "
+                "n_tokens, duration, imports, outcomes, error_types, reasoner_model, code_version, "
+                "cleaned, body, body_bytes) "
                 "SELECT 1, id, :key, '', 'answered', repeat('x', 4096), true, false, 0, 1, 1, 0, "
-                "0, 1, 1, 'm', 'c', false, '', 0 FROM work_items"
+                "0, 1, 1, '{}', '{}', '{}', 'm', 'c', false, '', 0 FROM work_items"
             ),
             {"key": key},
         )
