@@ -1,7 +1,7 @@
 """The tables. Whatever is filtered, sorted or counted is a column; a body is opaque bytes.
 
-Trajectories, steps and verdicts are written once and never changed (triggers see to it); all that
-changes is the state of work items and runs. Names avoid SQL's reserved words, because people type
+Trajectories, steps, verdicts and snapshots are written once and never changed (triggers see to it);
+all that changes is the state of work items and runs. Names avoid SQL's reserved words, because people type
 them into psql. Durations are seconds, memory is bytes, times are the database's clock.
 """
 
@@ -25,7 +25,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -259,6 +259,78 @@ class VerdictRow(Base):
     evidence: Mapped[dict[str, Any]]
     duration: Mapped[float]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class SnapshotKind(StrEnum):
+    TRAJECTORIES = "trajectories"  # for SFT
+    PROBLEMS = "problems"  # for RL, with their measured difficulty
+
+
+class SnapshotRow(Base):
+    """A frozen, ordered selection; immutable by trigger (shared/store/snapshots.py).
+
+    JSON rather than JSONB, which would rewrite numbers: `checksum` covers these values.
+    """
+
+    __tablename__ = "snapshots"
+    __table_args__ = (CheckConstraint(_one_of("kind", SnapshotKind), name="kind"),)
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    kind: Mapped[str]
+    digest: Mapped[str]  # SHA-256 over the manifest, i.e. over all of its rows
+    n_rows: Mapped[int]
+    splits: Mapped[dict[str, Any]] = mapped_column(JSON)  # name -> rows, in order of position
+    lineage: Mapped[dict[str, Any]] = mapped_column(JSON)
+    created_by: Mapped[str]
+    created_at: Mapped[datetime]
+    checksum: Mapped[str]  # SHA-256 over the other columns
+
+
+class ManifestRow(Base):
+    """One row of a snapshot's manifest: of kind `trajectories`, or of kind `problems`."""
+
+    __tablename__ = "snapshot_rows"
+    __table_args__ = (
+        CheckConstraint(
+            "num_nulls(trajectory_id, content_hash, body_hash, verdict_ids, verdicts_hash) "
+            "= CASE WHEN n_samples IS NULL THEN 0 ELSE 5 END",
+            name="trajectory",
+        ),
+        CheckConstraint(
+            "(n_passed IS NULL) = (n_samples IS NULL) AND n_passed BETWEEN 0 AND n_samples",
+            name="difficulty",
+        ),
+        Index(None, "trajectory_id"),
+    )
+
+    snapshot_id: Mapped[int] = mapped_column(
+        ForeignKey("snapshots.id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        primary_key=True,
+    )
+    position: Mapped[int] = mapped_column(primary_key=True)
+    split: Mapped[str]
+    problem_key: Mapped[str] = mapped_column(ForeignKey("problems.key"))
+    trajectory_id: Mapped[int | None] = mapped_column(ForeignKey("trajectories.id"))
+    content_hash: Mapped[str | None]
+    body_hash: Mapped[str | None]  # SHA-256 of the body's bytes as they are stored
+    verdict_ids: Mapped[list[int] | None] = mapped_column(ARRAY(BigInteger))
+    verdicts_hash: Mapped[str | None]  # SHA-256 over what these verdicts say
+    n_passed: Mapped[int | None]
+    n_samples: Mapped[int | None]
+
+
+class SnapshotRunRow(Base):
+    """A run that a snapshot's rows come from: it cannot be deleted before the snapshot."""
+
+    __tablename__ = "snapshot_runs"
+    __table_args__ = (Index(None, "run_id"),)
+
+    snapshot_id: Mapped[int] = mapped_column(
+        ForeignKey("snapshots.id", ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        primary_key=True,
+    )
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
 
 
 class UsageRow(Base):
