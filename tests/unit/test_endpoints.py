@@ -67,7 +67,7 @@ def call(
 
 def patience(reply: Reply) -> float:
     """A short timeout for replies that never end, none to speak of for the others."""
-    return 0.3 if reply.stall or reply.chunks is not None else 30.0
+    return 0.3 if reply.stall or reply.chunks is not None else 15.0
 
 
 def failure(
