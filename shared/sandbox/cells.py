@@ -65,6 +65,8 @@ def _run_cell(module: types.ModuleType, source: bytes) -> socket.socket:
     """Returns the socket of the new state; a failed cell ends its process here."""
     owner = _owner()
     send(owner, {"hello": True}, [])  # the kernel tells the owner this process's pid
+    if not receive(owner).body:  # it holds on to this process now; until then the pid must not die
+        os._exit(0)
     os.write(child.FACTS, child.STARTED)
     status = child.run_source(module, source, child.FACTS)
     child.flush()

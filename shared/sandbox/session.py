@@ -221,9 +221,11 @@ class Session:
             return
         body = packet.json()
         if watch.process is None:
+            # The cell waits for our answer, so its pid is its own until we hold a pidfd of it.
             if not packet.sender:
                 raise LostError("a cell without a pid")
             watch.started(Process(packet.sender, os.pidfd_open(packet.sender)))
+            send(here, {"go": True})
         elif "kept" in body and watch.killed is None:
             watch.end = End(0, watch.process.cpu(), int(body["memory"]), kept=True)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 from collections.abc import Iterator
 
 import pytest
@@ -123,3 +125,23 @@ def test_a_closed_session_refuses(sandbox: Sandbox) -> None:
         pass
     with pytest.raises(SandboxError, match="not open"):
         cells.run("print(1)")
+
+
+def test_a_cell_that_ends_at_once_is_held_before_it_can_end(
+    cells: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner is as slow as can be to look at the cell's process. Were the cell free to run, it
+    would have failed and been reaped by then, and its pid gone or another's."""
+    reaped = []
+    take_hold = os.pidfd_open
+
+    def late(pid: int) -> int:
+        state = cells._states[-1].sock  # its parent tells here that it has reaped the cell
+        reaped.extend(select.select([state], [], [], 0.5)[0])
+        return take_hold(pid)
+
+    cells.run("x = 1")
+    monkeypatch.setattr("shared.sandbox.session.os.pidfd_open", late)
+    assert cells.run("1 / 0").error is not None
+    assert not reaped
+    assert cells.run("print(x)").stdout == "1\n"
