@@ -67,7 +67,7 @@ def add_item(
         RoleUsage(role, "nano", "http://127.0.0.1:1/v1", 3, 100, 50, 1, 0.5)
         for role in ("reasoner", "extractor")
     ]
-    trajectories.write_usage(session, run.id, item.id, 1, usage)
+    trajectories.write_usage(session, run.id, ((item.id, 1, one) for one in usage))
     if state not in (ItemState.VETTED, ItemState.REJECTED):
         return None
     made = made or trajectory(i)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from psycopg.conninfo import make_conninfo
 from sqlalchemy import URL, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, TimeoutError
@@ -109,7 +110,7 @@ class Database:
     def _wrapped(self) -> Iterator[None]:
         try:
             yield
-        except (OperationalError, InterfaceError, TimeoutError) as error:
+        except (OperationalError, InterfaceError, TimeoutError, psycopg.OperationalError) as error:
             raise DatabaseError(
                 f"PostgreSQL cannot be used: {str(getattr(error, 'orig', error)).strip()}",
                 where=self.location,

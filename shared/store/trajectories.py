@@ -6,31 +6,41 @@ hash is taken of the cleaned identity, before compression, and checked again at 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+import psycopg
 import zstandard
-from sqlalchemy import insert, select
+from psycopg import sql
+from sqlalchemy import select, text
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from shared.errors import DatabaseError
-from shared.store.models import ProblemRow, StepRow, TrajectoryRow, UsageRow, VerdictRow
+from shared.store.models import (
+    Base,
+    ProblemRow,
+    StepRow,
+    TrajectoryRow,
+    UsageRow,
+    VerdictRow,
+)
 from shared.trajectory import Check, Problem, Step, Trajectory, Verdict, canonical_json, clean
 from shared.trajectory import content_hash as hash_of
 
 IMPORT_BATCH = 1000  # problems per statement
 
-# Plain tables, statements built once: the object mapper costs more than the inserts themselves.
-_INSERT_TRAJECTORY = insert(TrajectoryRow.__table__).returning(TrajectoryRow.id)  # type: ignore[arg-type]
-_INSERT_STEP, _INSERT_VERDICT, _INSERT_USAGE = (
-    insert(row.__table__)  # type: ignore[arg-type]
-    for row in (StepRow, VerdictRow, UsageRow)
-)
+_DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
+_local = threading.local()
+
+_NEXT_IDS = text("SELECT nextval('trajectories_id_seq') FROM generate_series(1, :n)")
 
 _IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\w+)|import[ \t]+([\w.,\t ]+))", re.MULTILINE)
 
@@ -74,10 +84,10 @@ class Encoded:
 
 
 def encode(trajectory: Trajectory) -> Encoded:
-    body, cleaned = clean(trajectory.body())
-    plain = canonical_json(body)
-    packed = zstandard.ZstdCompressor(write_checksum=True).compress(plain)
-    return Encoded(packed, len(plain), hash_of(clean(trajectory.identity())[0]), cleaned)
+    plain, cleaned = _canonical(trajectory.body())
+    identity, _ = _canonical(trajectory.identity())
+    packed = _compressor().compress(plain)
+    return Encoded(packed, len(plain), hashlib.sha256(identity).hexdigest(), cleaned)
 
 
 def decode(body: bytes) -> Trajectory:
@@ -86,54 +96,44 @@ def decode(body: bytes) -> Trajectory:
 
 
 def write_trajectory(session: Session, run_id: int, item_id: int, done: Completed) -> int:
-    """Write trajectory, steps and verdicts; return the trajectory's id.
+    """`write_trajectories` for one; returns its id."""
+    return write_trajectories(session, run_id, [(item_id, done)])[0]
 
-    Part of the caller's transaction, which must hold the item's lease (shared/work/items.py).
+
+def write_trajectories(
+    session: Session, run_id: int, made: Sequence[tuple[int, Completed]]
+) -> list[int]:
+    """Write trajectories, steps and verdicts, each with its item's id; return their ids, in order.
+
+    Part of the caller's transaction, which must hold the items' leases (shared/work/items.py).
+    A trajectory is encoded while the server inserts the one before it.
     """
-    trajectory = done.trajectory
-    encoded = encode(trajectory)
-    calls = trajectory.calls
-    row = {
-        "run_id": run_id,
-        "item_id": item_id,
-        "problem_key": trajectory.problem_key,
-        "content_hash": encoded.content_hash,
-        "end_reason": trajectory.end,
-        "answer": clean(trajectory.answer)[0],
-        "vetted": done.rejected_by is None,
-        "reject_check": done.rejected_by,
-        "thinking": trajectory.thinking,
-        "seed": trajectory.seed,
-        "n_steps": len(trajectory.steps),
-        "n_calls": trajectory.n_calls,
-        "n_failed_calls": trajectory.n_failed_calls,
-        "n_corrections": sum(len(step.discarded) for step in trajectory.steps),
-        "n_tokens": trajectory.n_tokens,
-        "duration": done.duration,
-        "imports": sorted({name for call in calls for name in imported_modules(call.code)}),
-        "outcomes": sorted({call.result.outcome for call in calls}),
-        "error_types": sorted(
-            {clean(call.result.error.type)[0] for call in calls if call.result.error}
+    ids = [int(i) for i in session.scalars(_NEXT_IDS, {"n": len(made)})]
+    numbered = list(zip(ids, made, strict=True))
+    copy_in(
+        session,
+        TrajectoryRow,
+        (_trajectory_row(i, run_id, item_id, done) for i, (item_id, done) in numbered),
+    )
+    copy_in(
+        session,
+        StepRow,
+        (
+            _step_row(i, position, step)
+            for i, (_, done) in numbered
+            for position, step in enumerate(done.trajectory.steps)
         ),
-        "sandbox_tier": max((call.result.tier for call in calls), default=None),
-        "reasoner_model": done.reasoner_model,
-        "extractor_model": done.extractor_model,
-        "code_version": done.code_version,
-        "cleaned": encoded.cleaned,
-        "body": encoded.body,
-        "body_bytes": encoded.size,
-    }
-    trajectory_id = int(session.execute(_INSERT_TRAJECTORY, row).scalar_one())
-    if trajectory.steps:
-        steps = [_step_row(trajectory_id, i, step) for i, step in enumerate(trajectory.steps)]
-        session.execute(_INSERT_STEP, steps)
-    add_verdicts(session, trajectory_id, done.verdicts)
-    return trajectory_id
+    )
+    add_verdicts(session, ((i, verdict) for i, (_, done) in numbered for verdict in done.verdicts))
+    return ids
 
 
-def add_verdicts(session: Session, trajectory_id: int, verdicts: Sequence[Verdict]) -> None:
-    """Append verdicts; the newest of each check is the current one (view `current_verdicts`)."""
-    rows = [
+def add_verdicts(session: Session, verdicts: Iterable[tuple[int, Verdict]]) -> None:
+    """Append verdicts, each with its trajectory's id.
+
+    The newest of each check is the current one (view `current_verdicts`).
+    """
+    rows = (
         {
             "trajectory_id": trajectory_id,
             "check_name": verdict.check,
@@ -143,18 +143,41 @@ def add_verdicts(session: Session, trajectory_id: int, verdicts: Sequence[Verdic
             "evidence": clean(verdict.evidence)[0],
             "duration": verdict.duration,
         }
-        for verdict in verdicts
-    ]
-    if rows:
-        session.execute(_INSERT_VERDICT, rows)
+        for trajectory_id, verdict in verdicts
+    )
+    copy_in(session, VerdictRow, rows)
 
 
-def write_usage(
-    session: Session, run_id: int, item_id: int, attempt: int, usage: Sequence[RoleUsage]
-) -> None:
-    key = {"run_id": run_id, "item_id": item_id, "attempt": attempt}
-    if usage:
-        session.execute(_INSERT_USAGE, [{**key, **asdict(one)} for one in usage])
+def write_usage(session: Session, run_id: int, spent: Iterable[tuple[int, int, RoleUsage]]) -> None:
+    """What attempts cost: (item, attempt, usage) each."""
+    rows = (
+        {"run_id": run_id, "item_id": item_id, "attempt": attempt, **asdict(usage)}
+        for item_id, attempt, usage in spent
+    )
+    copy_in(session, UsageRow, rows)
+
+
+def copy_in(session: Session, table: type[Base], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Insert rows by COPY, in the session's transaction: several times as fast as INSERT.
+
+    Every row has the same keys, in the same order. Raises psycopg's errors, unwrapped.
+    """
+    listed = iter(rows)
+    first = next(listed, None)
+    if first is None:
+        return
+    columns = [table.__table__.columns[name] for name in first]
+    connection = session.connection().connection.driver_connection
+    assert isinstance(connection, psycopg.Connection)
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
+        sql.Identifier(table.__tablename__),
+        sql.SQL(", ").join(sql.Identifier(column.name) for column in columns),
+    )
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
+        copy.set_types([str(column.type.compile(_DIALECT)).lower() for column in columns])
+        copy.write_row(tuple(first.values()))
+        for row in listed:
+            copy.write_row(tuple(row.values()))
 
 
 def read(session: Session, trajectory_id: int) -> Trajectory:
@@ -197,6 +220,42 @@ def imported_modules(code: str) -> list[str]:
     return sorted(names)
 
 
+def _trajectory_row(id: int, run_id: int, item_id: int, done: Completed) -> dict[str, Any]:
+    trajectory = done.trajectory
+    encoded = encode(trajectory)
+    calls = trajectory.calls
+    results = [call.result for call in calls]
+    return {
+        "id": id,
+        "run_id": run_id,
+        "item_id": item_id,
+        "problem_key": trajectory.problem_key,
+        "content_hash": encoded.content_hash,
+        "end_reason": trajectory.end,
+        "answer": clean(trajectory.answer)[0],
+        "vetted": done.rejected_by is None,
+        "reject_check": done.rejected_by,
+        "thinking": trajectory.thinking,
+        "seed": trajectory.seed,
+        "n_steps": len(trajectory.steps),
+        "n_calls": trajectory.n_calls,
+        "n_failed_calls": trajectory.n_failed_calls,
+        "n_corrections": sum(len(step.discarded) for step in trajectory.steps),
+        "n_tokens": trajectory.n_tokens,
+        "duration": done.duration,
+        "imports": sorted({name for call in calls for name in imported_modules(call.code)}),
+        "outcomes": sorted({result.outcome.value for result in results}),
+        "error_types": sorted({clean(r.error.type)[0] for r in results if r.error}),
+        "sandbox_tier": max((result.tier for result in results), default=None),
+        "reasoner_model": done.reasoner_model,
+        "extractor_model": done.extractor_model,
+        "code_version": done.code_version,
+        "cleaned": encoded.cleaned,
+        "body": encoded.body,
+        "body_bytes": encoded.size,
+    }
+
+
 def _step_row(trajectory_id: int, position: int, step: Step) -> dict[str, Any]:
     call = step.call
     if call is None:
@@ -222,3 +281,26 @@ def _step_row(trajectory_id: int, position: int, step: Step) -> dict[str, Any]:
         "imports": imports,
         **facts,
     }
+
+
+def _canonical(value: Any) -> tuple[bytes, bool]:
+    """Canonical JSON of the cleaned value, and whether cleaning changed it.
+
+    What encodes at once and has no NUL needs no cleaning, which costs as much as all the rest.
+    """
+    try:
+        plain = canonical_json(value)
+    except (TypeError, ValueError):
+        plain = b""
+    if plain and b"\\u0000" not in plain:
+        return plain, False
+    cleaned, changed = clean(value)
+    return canonical_json(cleaned), changed
+
+
+def _compressor() -> zstandard.ZstdCompressor:
+    """One per thread: making one costs as much as using it, and threads must not share it."""
+    if not hasattr(_local, "compressor"):
+        _local.compressor = zstandard.ZstdCompressor(write_checksum=True)
+    compressor: zstandard.ZstdCompressor = _local.compressor
+    return compressor

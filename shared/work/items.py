@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import bindparam, select, text
@@ -26,11 +27,12 @@ from sqlalchemy.orm import Session
 from shared.errors import TirgenError
 from shared.store.database import Database
 from shared.store.models import ItemState, ProblemRow, RunState
-from shared.store.trajectories import Completed, RoleUsage, write_trajectory, write_usage
+from shared.store.trajectories import Completed, RoleUsage, write_trajectories, write_usage
 from shared.trajectory import Problem, clean
 
 MAX_FAILURES = 3  # attempts that failed by themselves
 MAX_KILLS = 10  # leases that ran out: a dead worker takes all its items with it, guilty or not
+COMPLETE_BATCH = 200  # items per transaction of `complete_many`
 KILLED = "killed"  # error class of an item that outlived MAX_KILLS of its workers
 
 SWEEP_LOCK = 0x7469_7267_0001
@@ -97,10 +99,15 @@ _HEARTBEAT = text(f"""
     WHERE id IN :ids AND {_HELD} RETURNING id, attempt
 """).bindparams(bindparam("ids", expanding=True))
 
-_CLOSE = text(f"""
-    UPDATE work_items SET state = :state, reject_check = :check,
+_CLOSE = text("""
+    UPDATE work_items AS item SET reject_check = held.reject_check,
+        state = CASE WHEN held.reject_check IS NULL THEN 'vetted' ELSE 'rejected' END,
         lease_owner = NULL, lease_until = NULL, updated_at = clock_timestamp()
-    WHERE id = :id AND attempt = :attempt AND {_HELD} RETURNING id
+    FROM unnest(CAST(:ids AS bigint[]), CAST(:attempts AS int[]), CAST(:owners AS text[]),
+        CAST(:checks AS text[])) AS held (id, attempt, owner, reject_check)
+    WHERE item.id = held.id AND item.attempt = held.attempt
+        AND item.state = 'leased' AND item.lease_owner = held.owner
+    RETURNING item.id
 """)
 
 _FAIL = text(f"""
@@ -200,12 +207,35 @@ def complete(db: Database, item: LeasedItem, done: Completed) -> int:
 
     Returns the trajectory's id. Raises LeaseLost where the item is no longer this worker's.
     """
-    rejected = done.rejected_by
-    state = ItemState.VETTED if rejected is None else ItemState.REJECTED
-    with db.begin() as session:
-        _guarded(session, _CLOSE, item, {"state": state, "check": rejected})
-        write_usage(session, item.run_id, item.id, item.attempt, done.usage)
-        return write_trajectory(session, item.run_id, item.id, done)
+    written = complete_many(db, [(item, done)])
+    if item.id not in written:
+        raise _lost(item)
+    return written[item.id]
+
+
+def complete_many(db: Database, made: Iterable[tuple[LeasedItem, Completed]]) -> dict[int, int]:
+    """`complete` for many items of one run, COMPLETE_BATCH a transaction.
+
+    Returns the trajectory's id by item; items that are missing are no longer this worker's.
+    """
+    written: dict[int, int] = {}
+    waiting = iter(made)
+    while batch := list(islice(waiting, COMPLETE_BATCH)):
+        by_item = {item.id: (item, done) for item, done in batch}
+        values = {
+            "ids": list(by_item),
+            "attempts": [item.attempt for item, _ in batch],
+            "owners": [item.owner for item, _ in batch],
+            "checks": [done.rejected_by for _, done in batch],
+        }
+        with db.begin() as session:
+            held = [by_item[id] for id in session.scalars(_CLOSE, values)]
+            run_id = batch[0][0].run_id
+            spent = ((i.id, i.attempt, usage) for i, done in held for usage in done.usage)
+            write_usage(session, run_id, spent)
+            ids = write_trajectories(session, run_id, [(i.id, done) for i, done in held])
+        written.update(zip((item.id for item, _ in held), ids, strict=True))
+    return written
 
 
 def fail(db: Database, item: LeasedItem, failed: Failed) -> ItemState:
@@ -222,7 +252,8 @@ def fail(db: Database, item: LeasedItem, failed: Failed) -> ItemState:
     }
     with db.begin() as session:
         state = _guarded(session, _FAIL, item, values)
-        write_usage(session, item.run_id, item.id, item.attempt, failed.usage)
+        spent = ((item.id, item.attempt, usage) for usage in failed.usage)
+        write_usage(session, item.run_id, spent)
         return ItemState(state)
 
 
@@ -296,20 +327,27 @@ def _move(
 
 
 def _lock_run(session: Session, run_id: int) -> None:
-    """Later statements of this transaction see all that former holders of the lock committed."""
-    session.execute(text("SELECT FROM runs WHERE id = :id FOR UPDATE"), {"id": run_id})
+    """Later statements of this transaction see all that former holders of the lock committed.
+
+    NO KEY: whoever writes rows that refer to the run must not wait, while it holds items.
+    """
+    session.execute(text("SELECT FROM runs WHERE id = :id FOR NO KEY UPDATE"), {"id": run_id})
 
 
 def _guarded(session: Session, statement: Any, item: LeasedItem, values: Mapping[str, Any]) -> Any:
     guard = {"id": item.id, "attempt": item.attempt, "owner": item.owner}
     row = session.execute(statement, {**guard, **values}).one_or_none()
     if row is None:
-        raise LeaseLost(
-            "the lease of a work item is lost: its result is discarded",
-            where=f"item {item.id}, attempt {item.attempt}, run {item.run_id}",
-            remedy="nothing: the item was cancelled, or another worker has it",
-        )
+        raise _lost(item)
     return row[0]
+
+
+def _lost(item: LeasedItem) -> LeaseLost:
+    return LeaseLost(
+        "the lease of a work item is lost: its result is discarded",
+        where=f"item {item.id}, attempt {item.attempt}, run {item.run_id}",
+        remedy="nothing: the item was cancelled, or another worker has it",
+    )
 
 
 def _problem(row: ProblemRow) -> Problem:

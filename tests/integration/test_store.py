@@ -207,7 +207,7 @@ def test_newest_verdict_of_each_check_is_the_current_one(db: Database) -> None:
     trajectory_id = write(db, trajectory())
     with db.begin() as session:
         later = Verdict(Check.ANSWER, None, "2", "undecided")
-        trajectories.add_verdicts(session, trajectory_id, [later])
+        trajectories.add_verdicts(session, [(trajectory_id, later)])
         query = "SELECT check_name, passed, version FROM current_verdicts ORDER BY check_name"
         current = session.execute(text(query)).all()
         assert [tuple(row) for row in current] == [("answer", None, "2"), ("executed", True, "1")]
