@@ -3,6 +3,8 @@
 from shared.store.database import Database, libpq_conninfo, resolve_url, tirgen_home
 from shared.store.embedded import EmbeddedPostgres, ServerStatus
 from shared.store.models import ItemState, RunState
+from shared.store.snapshot_reader import Snapshot
+from shared.store.snapshot_rows import ProblemEntry, TrajectoryEntry
 from shared.store.trajectories import Completed, RoleUsage
 
 __all__ = [
@@ -10,9 +12,12 @@ __all__ = [
     "Database",
     "EmbeddedPostgres",
     "ItemState",
+    "ProblemEntry",
     "RoleUsage",
     "RunState",
     "ServerStatus",
+    "Snapshot",
+    "TrajectoryEntry",
     "libpq_conninfo",
     "resolve_url",
     "tirgen_home",

@@ -1,8 +1,8 @@
 """The tables. Whatever is filtered, sorted or counted is a column; a body is opaque bytes.
 
 Trajectories, steps, verdicts and snapshots are written once and never changed (triggers see to it);
-all that changes is the state of work items and runs. Names avoid SQL's reserved words, because people type
-them into psql. Durations are seconds, memory is bytes, times are the database's clock.
+all that changes is the state of work items and runs. Names avoid SQL's reserved words, because
+people type them into psql. Durations are seconds, memory is bytes, times are the database's clock.
 """
 
 from __future__ import annotations
