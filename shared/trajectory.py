@@ -11,11 +11,11 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from shared.sandbox.result import Outcome, RunResult
+from shared.sandbox.result import CodeError, Outcome, RunResult, Tier
 
 __all__ = [
     "Check",
@@ -176,18 +176,24 @@ class Trajectory:
 
 def _plain(value: Any) -> Any:
     """Dataclasses as dictionaries, tuples as lists, without the copies that `asdict` makes."""
-    if type(value) in _LEAVES or isinstance(value, str):
-        return value
+    names = _FIELDS.get(type(value))
+    if names is not None:
+        return {
+            name: one if type(one := getattr(value, name)) in _LEAVES else _plain(one)
+            for name in names
+        }
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
-    if is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
     return value
 
 
-_LEAVES = frozenset({str, int, float, bool, type(None)})
+_LEAVES = frozenset({str, int, float, bool, type(None), End, Outcome, Tier})
+_FIELDS = {
+    kind: tuple(f.name for f in fields(kind))
+    for kind in (Trajectory, Step, ToolCall, RunResult, CodeError)
+}
 
 
 def _step_identity(step: Step) -> dict[str, Any]:

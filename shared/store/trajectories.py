@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import psycopg
 import zstandard
-from psycopg import sql
+from psycopg import pq, sql
+from psycopg.adapt import Dumper
 from sqlalchemy import select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -38,6 +41,7 @@ from shared.trajectory import content_hash as hash_of
 IMPORT_BATCH = 1000  # problems per statement
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]
+_TEXT_OID = 25
 _local = threading.local()
 
 _NEXT_IDS = text("SELECT nextval('trajectories_id_seq') FROM generate_series(1, :n)")
@@ -109,22 +113,18 @@ def write_trajectories(
     A trajectory is encoded while the server inserts the one before it.
     """
     ids = [int(i) for i in session.scalars(_NEXT_IDS, {"n": len(made)})]
-    numbered = list(zip(ids, made, strict=True))
-    copy_in(
-        session,
-        TrajectoryRow,
-        (_trajectory_row(i, run_id, item_id, done) for i, (item_id, done) in numbered),
-    )
-    copy_in(
-        session,
-        StepRow,
-        (
-            _step_row(i, position, step)
-            for i, (_, done) in numbered
-            for position, step in enumerate(done.trajectory.steps)
-        ),
-    )
-    add_verdicts(session, ((i, verdict) for i, (_, done) in numbered for verdict in done.verdicts))
+    steps: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for id, (item_id, done) in zip(ids, made, strict=True):
+            its_steps = [_step_row(id, i, step) for i, step in enumerate(done.trajectory.steps)]
+            yield _trajectory_row(id, run_id, item_id, done, its_steps)
+            steps.extend(its_steps)
+
+    copy_in(session, TrajectoryRow, rows())
+    copy_in(session, StepRow, steps)
+    of_each = zip(ids, (done.verdicts for _, done in made), strict=True)
+    add_verdicts(session, ((id, verdict) for id, verdicts in of_each for verdict in verdicts))
     return ids
 
 
@@ -173,11 +173,13 @@ def copy_in(session: Session, table: type[Base], rows: Iterable[Mapping[str, Any
         sql.Identifier(table.__tablename__),
         sql.SQL(", ").join(sql.Identifier(column.name) for column in columns),
     )
-    with connection.cursor() as cursor, cursor.copy(statement) as copy:
-        copy.set_types([str(column.type.compile(_DIALECT)).lower() for column in columns])
-        copy.write_row(tuple(first.values()))
-        for row in listed:
-            copy.write_row(tuple(row.values()))
+    with connection.cursor() as cursor:
+        cursor.adapters.register_dumper(None, _TextArray)
+        with cursor.copy(statement) as copy:
+            copy.set_types([str(column.type.compile(_DIALECT)).lower() for column in columns])
+            copy.write_row(tuple(first.values()))
+            for row in listed:
+                copy.write_row(tuple(row.values()))
 
 
 def read(session: Session, trajectory_id: int) -> Trajectory:
@@ -220,11 +222,12 @@ def imported_modules(code: str) -> list[str]:
     return sorted(names)
 
 
-def _trajectory_row(id: int, run_id: int, item_id: int, done: Completed) -> dict[str, Any]:
+def _trajectory_row(
+    id: int, run_id: int, item_id: int, done: Completed, steps: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     trajectory = done.trajectory
     encoded = encode(trajectory)
-    calls = trajectory.calls
-    results = [call.result for call in calls]
+    calls = [step for step in steps if step["has_call"]]
     return {
         "id": id,
         "run_id": run_id,
@@ -243,10 +246,10 @@ def _trajectory_row(id: int, run_id: int, item_id: int, done: Completed) -> dict
         "n_corrections": sum(len(step.discarded) for step in trajectory.steps),
         "n_tokens": trajectory.n_tokens,
         "duration": done.duration,
-        "imports": sorted({name for call in calls for name in imported_modules(call.code)}),
-        "outcomes": sorted({result.outcome.value for result in results}),
-        "error_types": sorted({clean(r.error.type)[0] for r in results if r.error}),
-        "sandbox_tier": max((result.tier for result in results), default=None),
+        "imports": sorted({name for call in calls for name in call["imports"]}),
+        "outcomes": sorted({call["outcome"].value for call in calls}),
+        "error_types": sorted({call["error_type"] for call in calls} - {None}),
+        "sandbox_tier": max((call.result.tier for call in trajectory.calls), default=None),
         "reasoner_model": done.reasoner_model,
         "extractor_model": done.extractor_model,
         "code_version": done.code_version,
@@ -296,6 +299,27 @@ def _canonical(value: Any) -> tuple[bytes, bool]:
         return plain, False
     cleaned, changed = clean(value)
     return canonical_json(cleaned), changed
+
+
+class _TextArray(Dumper):
+    """text[] for COPY. The same few lists come again and again, and psycopg's own takes long."""
+
+    format = pq.Format.BINARY
+    oid = 1009
+
+    def dump(self, obj: list[str]) -> bytes:
+        return _text_array(tuple(obj))
+
+
+@lru_cache(maxsize=1024)
+def _text_array(values: tuple[str, ...]) -> bytes:
+    """PostgreSQL's array_send: dimensions, no NULLs, element type; then length and lower bound."""
+    if not values:
+        return struct.pack("!iii", 0, 0, _TEXT_OID)
+    parts = [struct.pack("!iiiii", 1, 0, _TEXT_OID, len(values), 1)]
+    for value in map(str.encode, values):
+        parts.append(struct.pack("!i", len(value)) + value)
+    return b"".join(parts)
 
 
 def _compressor() -> zstandard.ZstdCompressor:
