@@ -35,7 +35,7 @@ from sqlalchemy.orm import Session
 
 from shared.errors import ConfigError, DatabaseError, InputError
 from shared.store.models import RunRow, SnapshotKind, SnapshotRow, SnapshotRunRow
-from shared.trajectory import Verdict, clean, content_hash
+from shared.trajectory import content_hash
 
 FORMAT = 1
 
@@ -45,6 +45,8 @@ COLUMNS = {
     ),
     SnapshotKind.PROBLEMS: ("position", "split", "problem_key", "n_passed", "n_samples"),
 }  # fmt: skip
+
+SAID = ("check", "passed", "version", "reason", "evidence")  # of a verdict
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -133,16 +135,13 @@ def manifest(
             yield bytes(part)
 
 
-def verdicts_hash(verdicts: Iterable[Verdict]) -> str:
-    """SHA-256 over what verdicts say, in whatever order they come; not when or how fast."""
-    said = [
-        {
-            "check": str(v.check), "passed": v.passed, "version": v.version,
-            "reason": clean(v.reason)[0], "evidence": clean(v.evidence)[0],
-        }
-        for v in verdicts
-    ]  # fmt: skip
-    return content_hash(sorted(said, key=lambda v: (v["check"], v["version"])))
+def verdicts_hash(verdicts: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 over what verdicts say, in whatever order they come; not when, or how fast.
+
+    Each has `check`, `passed`, `version`, `reason` and `evidence`, as they come from the database.
+    """
+    said = [{name: verdict[name] for name in SAID} for verdict in verdicts]
+    return content_hash(sorted(said, key=lambda verdict: (verdict["check"], verdict["version"])))
 
 
 def find(session: Session, name: str) -> tuple[int, Record]:

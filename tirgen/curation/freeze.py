@@ -1,0 +1,264 @@
+"""Making a snapshot: select, filter, order, write the rows, seal them with a record.
+
+Nothing is written before the name, the expression, the filters and the splits have been checked.
+Rows and record are one transaction over one state of the database: a crash leaves nothing, and a
+snapshot that exists is whole.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, Select, any_, insert, literal, select, text
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.orm import Session
+
+from shared.errors import DatabaseError, InputError
+from shared.store import Database, snapshots
+from shared.store.models import (
+    ManifestRow,
+    SnapshotKind,
+    SnapshotRow,
+    SnapshotRunRow,
+    TrajectoryRow,
+)
+from shared.store.snapshots import COLUMNS, Record
+from shared.store.trajectories import copy_in, decode
+from shared.trajectory import Check, clean, content_hash
+from tirgen import query, runs
+from tirgen.curation import splits
+from tirgen.curation.base import PREFIX
+from tirgen.curation.lineage import origin
+from tirgen.expression import where as condition
+
+BATCH = 1000  # rows per round trip
+
+# The verifier's verdicts, and those of the filters that were applied: not of other snapshots' ones.
+_CURRENT = text(
+    """
+    SELECT id, trajectory_id, check_name AS check, passed, version, reason, evidence
+    FROM current_verdicts
+    WHERE trajectory_id = ANY(:ids)
+      AND (NOT starts_with(check_name, :prefix) OR check_name = ANY(:filters))
+    ORDER BY trajectory_id, check_name
+    """
+)
+
+# Every answer to these problems in these runs counts, whatever the expression and the filters
+# chose: a pass rate over chosen answers would measure the choice.
+_DIFFICULTY = text(
+    """
+    SELECT t.problem_key, count(*) FILTER (WHERE v.passed) AS n_passed, count(*) AS n_samples
+    FROM trajectories t JOIN current_verdicts v ON v.trajectory_id = t.id
+    WHERE t.problem_key = ANY(:keys) AND t.run_id = ANY(:runs)
+      AND v.check_name = :check AND v.passed IS NOT NULL
+    GROUP BY t.problem_key
+    """
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to freeze. `filters`: a preset or a file; `shares`: of each split, summing to 1."""
+
+    name: str
+    where: str = ""
+    filters: str | None = None
+    seed: int = 0
+    kind: SnapshotKind = SnapshotKind.TRAJECTORIES
+    shares: Mapping[str, float] = field(default_factory=lambda: splits.WHOLE)
+
+
+class _Fact(NamedTuple):
+    id: int
+    problem_key: str
+    content_hash: str
+    run_id: int
+
+
+def create(db: Database, request: Request) -> Record:
+    """Freeze what `request` describes.
+
+    Raises ConfigError for a bad name, expression, filter or split, InputError for a name that is
+    taken and for a selection that leaves nothing (with the funnel), DatabaseError where a stored
+    trajectory does not match its content hash.
+    """
+    snapshots.check_name(request.name)
+    splits.checked(request.shares)
+    condition(request.where)
+    chain = None
+    if request.filters:
+        from tirgen.curation import chain as chains  # TEMP
+
+        chain = chains.load(request.filters)
+    with db.session() as session:
+        if session.scalar(select(SnapshotRow.id).where(SnapshotRow.name == request.name)):
+            snapshots.refuse_taken(request.name)
+    chosen, n_all = _selected(db, request.where)
+    funnel = [_stage("where", n_all, len(chosen))]
+    if chain is not None and chosen:
+        curated = chains.apply(db, chain, _these(chosen), seed=request.seed)
+        funnel += [_stage(s.name, s.before, s.after, s.version) for s in curated.stages]
+        chosen = curated.kept
+    with db.begin() as session:
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        used = [f"{PREFIX}{stage['stage']}" for stage in funnel[1:]]
+        rows = _Rows(session, request, _facts(session, chosen), used)
+        if request.kind is SnapshotKind.PROBLEMS:
+            funnel.append(_stage("one row per problem", len(chosen), rows.n))
+        _check_funnel(request, funnel, rows)
+        snapshot_id = snapshots.reserve(session)
+        digest = snapshots.digest_of(request.kind, rows.n, rows.write(snapshot_id))
+        lineage = {
+            "where": request.where,
+            "filters": chain.spec() if chain is not None else None,
+            "seed": request.seed,
+            "shares": dict(request.shares),
+            "funnel": funnel,
+            **origin(session, snapshot_id, request.kind, rows.run_ids),
+            "code_version": runs.code_version(),
+        }
+        record = Record(
+            request.name, request.kind, digest, rows.n, rows.splits, clean(lineage)[0],
+            getpass.getuser(), datetime.now(UTC),
+        )  # fmt: skip
+        behind = [{"snapshot_id": snapshot_id, "run_id": run_id} for run_id in rows.run_ids]
+        session.execute(insert(SnapshotRunRow), behind)
+        snapshots.seal(session, snapshot_id, record)
+    return record
+
+
+class _Rows:
+    """The rows to be: which, in what order, in which split; written batch by batch."""
+
+    def __init__(
+        self, session: Session, request: Request, facts: Sequence[_Fact], filters: Sequence[str]
+    ) -> None:
+        self._session, self._request, self._filters = session, request, list(filters)
+        self._names = list(request.shares)
+        self.run_ids = sorted({fact.run_id for fact in facts})
+        # A row: its split's index, its place in the shuffle, and what it is about.
+        drawn: Iterable[tuple[str, str, _Fact]]
+        if request.kind is SnapshotKind.PROBLEMS:
+            drawn = {f.problem_key: (f.problem_key, f.problem_key, f) for f in facts}.values()
+        else:
+            drawn = ((f.problem_key, f.content_hash, f) for f in facts)
+        self._order = sorted(
+            (
+                splits.index(problem, request.seed, request.shares),
+                splits.place(content, request.seed),
+                fact,
+            )
+            for problem, content, fact in drawn
+        )
+        self.n = len(self._order)
+        counts = Counter(split for split, _, _ in self._order)
+        self.splits = {name: counts[i] for i, name in enumerate(self._names)}
+
+    def write(self, snapshot_id: int) -> Iterator[bytes]:
+        """Insert the rows; the manifest's lines as they are inserted."""
+        kind = self._request.kind
+        described = self._problems if kind is SnapshotKind.PROBLEMS else self._trajectories
+        for first in range(0, self.n, BATCH):
+            batch = self._order[first : first + BATCH]
+            rows = [
+                {
+                    "snapshot_id": snapshot_id, "position": first + i,
+                    "split": self._names[split], "problem_key": fact.problem_key, **own,
+                }
+                for i, ((split, _, fact), own) in enumerate(
+                    zip(batch, described([fact for _, _, fact in batch]), strict=True)
+                )
+            ]  # fmt: skip
+            copy_in(self._session, ManifestRow, rows)
+            for row in rows:
+                yield ("\t".join(str(row[name]) for name in COLUMNS[kind]) + "\n").encode()
+
+    def _trajectories(self, facts: Sequence[_Fact]) -> Iterator[dict[str, Any]]:
+        ids = [fact.id for fact in facts]
+        columns = select(TrajectoryRow.id, TrajectoryRow.body).where(TrajectoryRow.id.in_(ids))
+        bodies = {row.id: row.body for row in self._session.execute(columns)}
+        wanted = {"ids": ids, "prefix": PREFIX, "filters": self._filters}
+        verdicts: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+        for row in self._session.execute(_CURRENT, wanted).mappings():
+            verdicts[row["trajectory_id"]].append(dict(row))
+        for fact in facts:
+            _check_body(fact, bodies[fact.id])
+            yield {
+                "trajectory_id": fact.id,
+                "content_hash": fact.content_hash,
+                "body_hash": hashlib.sha256(bodies[fact.id]).hexdigest(),
+                "verdict_ids": [row["id"] for row in verdicts[fact.id]],
+                "verdicts_hash": snapshots.verdicts_hash(verdicts[fact.id]),
+            }
+
+    def _problems(self, facts: Sequence[_Fact]) -> Iterator[dict[str, Any]]:
+        keys = [fact.problem_key for fact in facts]
+        wanted = {"keys": keys, "runs": self.run_ids, "check": Check.ANSWER.value}
+        rates = {
+            row.problem_key: (row.n_passed, row.n_samples)
+            for row in self._session.execute(_DIFFICULTY, wanted)
+        }
+        for key in keys:
+            n_passed, n_samples = rates.get(key, (0, 0))
+            yield {"n_passed": n_passed, "n_samples": n_samples}
+
+
+def _selected(db: Database, where: str) -> tuple[list[int], int]:
+    """The ids of the trajectories that `where` selects, and how many there are in all."""
+    with query.run(db, query.Query(where, columns=("id",))) as rows:
+        ids = [row[0] for row in rows]
+    return ids, query.count(db, "")
+
+
+def _these(ids: Sequence[int]) -> Select[Any]:
+    return select(TrajectoryRow.id).where(TrajectoryRow.id == any_(literal(ids, ARRAY(BigInteger))))
+
+
+def _facts(session: Session, ids: Sequence[int]) -> list[_Fact]:
+    columns = select(
+        TrajectoryRow.id, TrajectoryRow.problem_key, TrajectoryRow.content_hash,
+        TrajectoryRow.run_id,
+    )  # fmt: skip
+    facts: list[_Fact] = []
+    for first in range(0, len(ids), BATCH):
+        wanted = columns.where(TrajectoryRow.id.in_(ids[first : first + BATCH]))
+        facts += [_Fact(*row) for row in session.execute(wanted)]
+    return facts
+
+
+def _stage(name: str, before: int, after: int, version: object = "") -> dict[str, Any]:
+    return {"stage": name, "version": str(version), "before": before, "after": after}
+
+
+def _check_funnel(request: Request, funnel: Sequence[Mapping[str, Any]], rows: _Rows) -> None:
+    """Every row that goes into a stage comes out of it, falls there, and is counted."""
+    where = f"snapshot {request.name}"
+    story = ", ".join(f"{s['before']} -> {s['after']} ({s['stage']})" for s in funnel)
+    ends = [funnel[0]["before"], *(stage["after"] for stage in funnel)]
+    if [stage["before"] for stage in funnel] != ends[:-1] or ends[-1] != rows.n:
+        what = f"the funnel does not reconcile with {rows.n} rows: {story}"
+        raise DatabaseError(what, where=where, remedy="this is a bug of tirgen: please report it")
+    if rows.n == 0:
+        raise InputError(f"nothing is left to freeze: {story}", where=where,
+                         remedy="widen --where, or loosen --filters")  # fmt: skip
+    empty = [name for name, n in rows.splits.items() if n == 0]
+    if empty:
+        raise InputError(
+            f"split {empty[0]} would be empty: there are only {rows.n} rows, whole problems each",
+            where=where, remedy="give it a larger share, or take another --seed",
+        )  # fmt: skip
+
+
+def _check_body(fact: _Fact, body: bytes) -> None:
+    """A damaged row is found here, so that the body's own hash can stand for it from now on."""
+    if content_hash(decode(body).identity()) != fact.content_hash:
+        what = "the stored trajectory does not match its content hash"
+        where = f"trajectory {fact.id}"
+        raise DatabaseError(what, where=where, remedy="restore this row from a backup")
