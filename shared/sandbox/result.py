@@ -29,6 +29,7 @@ class Tier(StrEnum):
     B = "B"  # Landlock + seccomp + rlimits
     C = "C"  # seccomp + rlimits
     D = "D"  # nothing
+    REMOTE = "remote"  # by another's server, which does not say how (shared/sandbox/fusion.py)
 
 
 @dataclass(frozen=True, slots=True)

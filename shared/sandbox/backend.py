@@ -1,0 +1,40 @@
+"""What a caller of the sandbox may count on, wherever the code runs."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+from shared.sandbox.result import RunResult, Tier
+
+
+class Backend(Protocol):
+    """`Sandbox` and `RemoteSandbox`; what both must do is in conformance.py.
+
+    `tier` is known once it is open. A run that could not be made is an infrastructure error, never
+    an exception; cancelling `arun` kills the run.
+    """
+
+    tier: Tier | None
+
+    def run(self, code: str, *, seed: int = 0, timeout: float = 10.0) -> RunResult: ...
+
+    async def arun(self, code: str, *, seed: int = 0, timeout: float = 10.0) -> RunResult: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
