@@ -7,13 +7,14 @@ decide differently, so that stored verdicts say which rules they come from.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 from shared.endpoints import Endpoint, Usage
 from shared.errors import SandboxError
 from shared.fences import Block, Kind, parse, prose
 from shared.grading import Grader, Value
+from shared.grading.grader import VERSION as GRADER_VERSION
 from shared.prompts import Profile, render
 from shared.sandbox import Sandbox
 from shared.sandbox.observation import observe
@@ -23,6 +24,12 @@ from tirgen.agents.reasoner import BEGIN_THINK, END_THINK
 from tirgen.config import JudgeConfig, RunConfig, VerifierConfig
 
 VERSION = "1"
+RULES = tuple(check for check in Check if check is not Check.JUDGE)  # these decide
+
+
+def version_of(check: Check) -> str:
+    """The version that a verdict of `check` has if it is made now."""
+    return f"{VERSION}/{GRADER_VERSION}" if check is Check.ANSWER else VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +59,32 @@ class Verifier:
     judge: Judge | None = None
 
     async def verify(
-        self, problem: Problem, trajectory: Trajectory, meter: Usage
+        self,
+        problem: Problem,
+        trajectory: Trajectory,
+        meter: Usage,
+        checks: Collection[Check] = tuple(Check),
     ) -> tuple[Verdict, ...]:
-        """One verdict per check. Raises SandboxError where a check could not be made at all."""
-        checks: list[Callable[[], Awaitable[Verdict]]] = [
-            lambda: _now(executed(trajectory)),
-            lambda: _now(format_ok(trajectory)),
-            lambda: _now(calls_ok(trajectory)),
-            lambda: self._reproduced(trajectory),
-            lambda: self._answer(problem, trajectory),
-            lambda: _now(quality(trajectory, self.config.verifier)),
-        ]
+        """One verdict for each of `checks`, the judge's only where there is a judge.
+
+        Raises SandboxError where a check could not be made at all.
+        """
+        ways: dict[Check, Callable[[], Awaitable[Verdict]]] = {
+            Check.EXECUTED: lambda: _now(executed(trajectory)),
+            Check.FORMAT: lambda: _now(format_ok(trajectory)),
+            Check.CALLS_OK: lambda: _now(calls_ok(trajectory)),
+            Check.REPRODUCED: lambda: self._reproduced(trajectory),
+            Check.ANSWER: lambda: self._answer(problem, trajectory),
+            Check.CODE_QUALITY: lambda: _now(quality(trajectory, self.config.verifier)),
+        }
         if self.judge is not None:
-            checks.append(lambda: self._judged(problem, trajectory, meter))
+            ways[Check.JUDGE] = lambda: self._judged(problem, trajectory, meter)
         verdicts = []
-        for check in checks:
-            started = time.monotonic()
-            verdict = await check()
-            verdicts.append(replace(verdict, duration=time.monotonic() - started))
+        for check, way in ways.items():
+            if check in checks:
+                started = time.monotonic()
+                verdict = await way()
+                verdicts.append(replace(verdict, duration=time.monotonic() - started))
         return tuple(verdicts)
 
     def rejected_by(self, verdicts: tuple[Verdict, ...]) -> Check | None:
@@ -96,7 +111,8 @@ class Verifier:
 
     async def _answer(self, problem: Problem, trajectory: Trajectory) -> Verdict:
         if trajectory.answer is None:
-            return _verdict(Check.ANSWER, False, "no boxed answer")
+            verdict = _verdict(Check.ANSWER, False, "no boxed answer")
+            return replace(verdict, version=version_of(Check.ANSWER))
         grade = await self.grader.agrade(trajectory.answer, problem.answer)
         passed = {Value.EQUAL: True, Value.DIFFERENT: False}.get(grade.value)
         verdict = _verdict(Check.ANSWER, passed, grade.reason or grade.stage, stage=grade.stage)
