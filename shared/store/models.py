@@ -22,7 +22,9 @@ from sqlalchemy import (
     MetaData,
     Text,
     UniqueConstraint,
+    column,
     func,
+    table,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSON, JSONB
@@ -185,6 +187,7 @@ class TrajectoryRow(Base):
         # With the id, in which pages are ordered: a page of equal values needs no sort.
         Index(None, "run_id", "vetted", "id"),
         Index(None, "run_id", "id"),
+        Index(None, "vetted", "id"),
         Index(None, "n_calls", "id"),
         Index(None, "n_failed_calls", "id"),
         Index(None, "n_corrections", "id"),
@@ -333,6 +336,28 @@ class SnapshotRunRow(Base):
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
 
 
+class ConsensusRow(Base):
+    """What the samples of a problem agree on in one run: derived, so it is replaced when they are
+    compared anew (tirgen/agreement.py; `shared.grading.consensus`)."""
+
+    __tablename__ = "consensus"
+    __table_args__ = (
+        Index("consensus_disagrees_idx", "run_id", postgresql_where=text("disagrees")),
+    )
+
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    problem_key: Mapped[str] = mapped_column(ForeignKey("problems.key"), primary_key=True)
+    n_samples: Mapped[int]
+    n_answers: Mapped[int]
+    votes: Mapped[int]  # of the leading answer
+    answer: Mapped[str | None]  # the majority's; NULL: a tie, or no answer at all
+    share: Mapped[float | None]  # votes / n_samples; NULL: no answer at all
+    tied: Mapped[bool]
+    disagrees: Mapped[bool | None]  # with the reference; NULL: no majority of two, or undecided
+    version: Mapped[str]  # of the grader
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class UsageRow(Base):
     """What one attempt at an item cost at one endpoint in one role, failed attempts included."""
 
@@ -351,3 +376,50 @@ class UsageRow(Base):
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
     retries: Mapped[int]
     duration: Mapped[float]
+
+
+class CurationRow(Base):
+    """A chain of filters as it was applied to some candidates (tirgen/curation/chain.py).
+
+    `digest` is over chain, seed, candidates and what was kept: applied again to the same effect,
+    only `applied_at` moves.
+    """
+
+    __tablename__ = "curations"
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    name: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(unique=True)
+    n_candidates: Mapped[int]
+    n_kept: Mapped[int]
+    applied_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class CurationStageRow(Base):
+    """One filter's part of a curation's funnel, for the candidates of one run."""
+
+    __tablename__ = "curation_stages"
+    __table_args__ = (
+        CheckConstraint("n_after BETWEEN 0 AND n_before", name="funnel"),
+        Index(None, "run_id"),
+    )
+
+    curation_id: Mapped[int] = mapped_column(
+        ForeignKey("curations.id", ondelete="CASCADE"), primary_key=True
+    )
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    version: Mapped[str]
+    n_before: Mapped[int]
+    n_after: Mapped[int]
+
+
+# A view: of each problem in each run, how many samples had a decided answer, how many a right one.
+pass_rates = table(
+    "pass_rates",
+    column("problem_key", Text),
+    *(column(name, BigInteger) for name in ("run_id", "n_passed", "n_samples")),
+)
