@@ -44,9 +44,9 @@ def is_trivial(code: str, rule: Rule = "syntax") -> bool:
     )
 
 
-def trivial_allowed(blocks: int, share: float) -> int:
-    """How many of `blocks` may be trivial: ceil(share x blocks), but never all of them."""
-    return min(math.ceil(share * blocks), blocks - 1)
+def trivial_allowed(blocks: int, share: float, one_good: bool = True) -> int:
+    """How many of `blocks` may be trivial: ceil(share x blocks), but not all if `one_good`."""
+    return min(math.ceil(share * blocks), blocks - one_good)
 
 
 def passes(codes: Sequence[str], share: float, rule: Rule = "syntax") -> tuple[bool, int]:

@@ -1,0 +1,1 @@
+"""From many trajectories to those worth training on: filters, near-duplicates, snapshots."""

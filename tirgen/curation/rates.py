@@ -1,0 +1,91 @@
+"""How often problems were solved: the view `pass_rates`, as filters and new runs ask it.
+
+A run without the tool (budgets.calls = 0) measures what the reasoner solves alone; its trajectories
+are never vetted, but their answers are graded like all others. A sample whose answer could not be
+decided counts neither as solved nor as a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.orm import Session
+
+from shared.errors import ConfigError
+from shared.store import Database
+from shared.store.models import RunRow, pass_rates
+from tirgen.curation.base import Rate, Row
+
+_CALLS = RunRow.config["budgets"]["calls"].as_integer()
+
+
+class Stored:
+    """The `Context` of filters that are applied to a database."""
+
+    def __init__(self, db: Database, seed: int) -> None:
+        self._db, self.seed = db, seed
+        self._alone: dict[str, list[int]] = {}
+
+    def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> dict[str, Rate]:
+        with self._db.session() as session:
+            if runs:
+                wanted = _named(session, runs)
+            elif tool:
+                wanted = sorted({row.run_id for row in rows})
+            else:
+                wanted = [i for model in {r.model for r in rows} for i in self._of(session, model)]
+            return measured(session, wanted, [row.problem_key for row in rows])
+
+    def _of(self, session: Session, model: str) -> list[int]:
+        """Runs of that reasoner without the tool."""
+        if model not in self._alone:
+            reasoner = RunRow.config["reasoner"]["endpoint"]["model"].as_string()
+            wanted = select(RunRow.id).where(without_tool(), reasoner == model)
+            self._alone[model] = list(session.scalars(wanted))
+        if not self._alone[model]:
+            raise ConfigError(
+                f"nothing was measured without the tool with the model {model!r}",
+                where="filter cot_solvable",
+                remedy="sample it first: tirgen generate FILE --no-tool --samples 4 --run NAME",
+            )
+        return self._alone[model]
+
+
+def without_tool() -> ColumnElement[bool]:
+    """Whether a run measures the reasoner alone."""
+    return func.coalesce(_CALLS, 1) == 0
+
+
+def measured(session: Session, runs: Sequence[int], problems: Sequence[str]) -> dict[str, Rate]:
+    """Problem key -> its rate over all of `runs` together; where there are samples."""
+    rate = pass_rates.c
+    statement = (
+        select(
+            rate.problem_key,
+            func.sum(rate.n_passed),
+            func.sum(rate.n_samples),
+            func.array_agg(RunRow.name.distinct()),
+        )
+        .join(RunRow, RunRow.id == rate.run_id)
+        .where(rate.run_id == func.any(list(runs)), rate.problem_key == func.any(list(problems)))
+        .group_by(rate.problem_key)
+    )
+    return {
+        key: Rate(int(k), int(n), tuple(sorted(names)))
+        for key, k, n, names in session.execute(statement)
+        if n
+    }
+
+
+def _named(session: Session, names: Sequence[str]) -> list[int]:
+    found = dict(
+        session.execute(select(RunRow.name, RunRow.id).where(RunRow.name == func.any(list(names))))
+        .tuples()
+        .all()
+    )
+    missing = [name for name in names if name not in found]
+    if missing:
+        remedy = "`tirgen runs` lists them"
+        raise ConfigError(f"there is no run named {missing[0]!r}", where="filters", remedy=remedy)
+    return list(found.values())
