@@ -75,6 +75,7 @@ class Completed:
     extractor_model: str | None
     code_version: str
     usage: tuple[RoleUsage, ...] = ()
+    stored: Encoded | None = None  # by another database: kept to the byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +227,7 @@ def _trajectory_row(
     id: int, run_id: int, item_id: int, done: Completed, steps: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     trajectory = done.trajectory
-    encoded = encode(trajectory)
+    encoded = done.stored or encode(trajectory)
     calls = [step for step in steps if step["has_call"]]
     return {
         "id": id,
