@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shared.errors import TirgenError
-from tirgen.cli import generate, read, stack
+from tirgen.cli import generate, read, sandbox, stack
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +30,7 @@ for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(read.db_app, name="db", rich_help_panel="The stack")
+app.add_typer(sandbox.app, name="sandbox", rich_help_panel="The stack")
 
 
 def main() -> None:
