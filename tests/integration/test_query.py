@@ -317,12 +317,14 @@ def test_order_is_total_and_limit_holds(filled: Database) -> None:
 
 def test_every_field_can_be_selected_compared_and_ordered_by(filled: Database) -> None:
     literals = {Kind.TEXT: "'x'", Kind.INTEGER: "1", Kind.NUMBER: "1.5", Kind.BOOLEAN: "True",
-                Kind.TIME: "'2026-05-01 12:00'"}  # fmt: skip
+                Kind.TIME: "'2026-05-01 12:00'", Kind.TEXTS: "'x'"}  # fmt: skip
     kinds = {Kind.TEXT: str, Kind.INTEGER: int, Kind.NUMBER: float, Kind.BOOLEAN: bool,
-             Kind.TIME: datetime}  # fmt: skip
+             Kind.TIME: datetime, Kind.TEXTS: list}  # fmt: skip
     for name, field in FIELDS.items():
         value = repr(str(field.values[0])) if field.values else literals[field.kind]
-        rows(filled, f"{name} == {value}", name, order=(name,))
+        is_list = field.kind is Kind.TEXTS
+        condition = f"{value} in {name}" if is_list else f"{name} == {value}"
+        rows(filled, condition, name, order=() if is_list else (name,))
         found = {type(v) for (v,) in rows(filled, "", name) if v is not None}
         assert found <= {kinds[field.kind]}, name
         assert field.description

@@ -25,11 +25,13 @@ from shared.store.models import RunRow, VerdictRow
 from shared.trajectory import Step, Trajectory
 from tests import stored
 from tirgen import query, stats
+from tirgen.cli import db as db_commands
 from tirgen.cli import read
+from tirgen.cli import runs as run_commands
 from tirgen.cli.common import console
 from tirgen.cli.export import write_csv, write_jsonl
 from tirgen.cli.render import json_text, line, visible
-from tirgen.fields import FIELDS
+from tirgen.fields import FIELDS, FUNCTIONS, STEP_FIELDS, Kind
 
 ROOT = Path(__file__).parents[2]
 SGR = re.compile(r"\x1b\[[0-9;]*m")  # colours, as rich writes them
@@ -39,9 +41,10 @@ Tirgen = Callable[..., Result]
 @pytest.fixture
 def tirgen(db: Database, monkeypatch: pytest.MonkeyPatch) -> Tirgen:
     app = typer.Typer()
-    for command in (read.query, read.show, read.stats, read.runs):
+    for command in (read.query, read.show, read.stats):
         app.command()(command)
-    app.add_typer(read.db_app, name="db")
+    app.add_typer(db_commands.app, name="db")
+    app.add_typer(run_commands.app, name="runs")
     url = db.url.render_as_string(hide_password=False)
     monkeypatch.setenv("TIRGEN_DATABASE_URL", url)
 
@@ -101,7 +104,11 @@ def test_all_formats_hold_the_same_rows(tirgen: Tirgen, filled: Database) -> Non
     plain = [{**r, "created_at": r["created_at"].isoformat()} for r in table.to_pylist()]
     assert plain == rows
     cells = list(csv.DictReader(io.StringIO(said(output("csv")))))
-    assert cells == [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+    assert cells == [{k: in_csv(v) for k, v in row.items()} for row in rows]
+
+
+def in_csv(value: Any) -> str:
+    return "" if value is None else json.dumps(value) if isinstance(value, list) else str(value)
 
 
 def test_empty_result_is_valid_in_every_format(tirgen: Tirgen, db: Database) -> None:
@@ -141,9 +148,10 @@ def test_cut_table_says_how_many_more_there_are(tirgen: Tirgen, filled: Database
 
 def test_fields_lists_every_field(tirgen: Tirgen) -> None:
     table = said(tirgen("query", "--fields"))
-    assert [name for name in FIELDS if f"\n{name} " not in table] == []
+    assert [name for name in (*FIELDS, *STEP_FIELDS) if f"\n{name} " not in table] == []
+    assert [name for name in FUNCTIONS if f"\n{name} " not in table] == []
     listed = json.loads(said(tirgen("query", "--fields", "--format", "json")))
-    assert [one["field"] for one in listed] == list(FIELDS)
+    assert [one["field"] for one in listed if one.get("of") == "trajectory"] == list(FIELDS)
 
 
 def test_mistake_in_a_query_is_found_before_the_database_is_asked(
@@ -228,7 +236,7 @@ def test_csv_is_exact_in_a_file_and_harmless_on_a_terminal() -> None:
             return True
 
     for out, exact in ((io.StringIO(), True), (Terminal(), False)):
-        write_csv(["answer"], iter([(stored.HOSTILE,)]), out)
+        write_csv({"answer": Kind.TEXT}, iter([(stored.HOSTILE,)]), out)
         found = list(csv.reader(io.StringIO(out.getvalue(), newline="")))[1][0]
         assert (found == stored.HOSTILE) is exact
         assert (acts_on_a_terminal(found) == []) is not exact
@@ -387,5 +395,5 @@ def test_jsonl_writes_each_row_as_it_comes() -> None:
         assert out.getvalue() == '{"id": 1}\n'
         yield (2,)
 
-    write_jsonl(["id"], rows(), out)
+    write_jsonl({"id": Kind.INTEGER}, rows(), out)
     assert len(out.getvalue().splitlines()) == 2

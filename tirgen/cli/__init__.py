@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shared.errors import TirgenError
-from tirgen.cli import generate, read, sandbox, stack
+from tirgen.cli import db, generate, read, runs, sandbox, stack
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,13 +23,14 @@ app = typer.Typer(
 
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Generate": [generate.generate, generate.resume, generate.retry, generate.cancel],
-    "Look": [read.runs, read.query, read.show, read.stats],
+    "Look": [read.query, read.show, read.stats],
     "The stack": [stack.up, stack.down, stack.status, stack.doctor, stack.worker],
 }
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
-app.add_typer(read.db_app, name="db", rich_help_panel="The stack")
+app.add_typer(runs.app, name="runs", rich_help_panel="Look")
+app.add_typer(db.app, name="db", rich_help_panel="The stack")
 app.add_typer(sandbox.app, name="sandbox", rich_help_panel="The stack")
 
 

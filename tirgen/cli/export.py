@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, TextIO
 
 from shared.errors import ConfigError
 from tirgen.cli.render import json_text, line
-from tirgen.fields import FIELDS, Kind
+from tirgen.fields import Kind
 from tirgen.optional import require
 
 ROW_GROUP = 10_000
+Columns = Mapping[str, Kind]  # name and type
 Rows = Iterator[tuple[Any, ...]]
 
 
-def write_json(columns: Sequence[str], rows: Rows, out: TextIO) -> None:
+def write_json(columns: Columns, rows: Rows, out: TextIO) -> None:
     """One array, a row a line."""
     separator = "[\n"
     for row in rows:
@@ -25,25 +27,27 @@ def write_json(columns: Sequence[str], rows: Rows, out: TextIO) -> None:
     out.write("\n]\n" if separator != "[\n" else "[]\n")
 
 
-def write_jsonl(columns: Sequence[str], rows: Rows, out: TextIO) -> None:
+def write_jsonl(columns: Columns, rows: Rows, out: TextIO) -> None:
     for row in rows:
         out.write(json_text(dict(zip(columns, row, strict=True))) + "\n")
 
 
-def write_csv(columns: Sequence[str], rows: Rows, out: TextIO) -> None:
-    """Missing values are empty cells. A file gets texts as they are, a terminal only harmless."""
+def write_csv(columns: Columns, rows: Rows, out: TextIO) -> None:
+    """Missing values are empty, lists JSON. A file gets texts as they are, a terminal harmless."""
     safe = out.isatty()
     plain = csv.writer(out, lineterminator="\n")
     quoted = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL)
     plain.writerow(columns)
     for row in rows:
-        cells = [line(v, len(v)) if safe and isinstance(v, str) else _csv(v) for v in row]
+        cells = [_csv(value) for value in row]
+        if safe:
+            cells = [line(cell, len(cell)) if isinstance(cell, str) else cell for cell in cells]
         # Python's writer leaves a lone carriage return unquoted, which ends a row elsewhere.
         has_return = any(isinstance(v, str) and "\r" in v for v in cells)
         (quoted if has_return else plain).writerow(cells)
 
 
-def write_parquet(columns: Sequence[str], rows: Rows, out: TextIO) -> None:
+def write_parquet(columns: Columns, rows: Rows, out: TextIO) -> None:
     need = {"need": "writing Parquet", "install": "tirgen[parquet]"}
     arrow, parquet = require("pyarrow", **need), require("pyarrow.parquet", **need)
     if out.isatty():
@@ -55,8 +59,9 @@ def write_parquet(columns: Sequence[str], rows: Rows, out: TextIO) -> None:
         Kind.NUMBER: arrow.float64(),
         Kind.BOOLEAN: arrow.bool_(),
         Kind.TIME: arrow.timestamp("us", tz="UTC"),
+        Kind.TEXTS: arrow.list_(arrow.string()),
     }
-    schema = arrow.schema([(name, types[FIELDS[name].kind]) for name in columns])
+    schema = arrow.schema([(name, types[kind]) for name, kind in columns.items()])
     with parquet.ParquetWriter(_Sink(out), schema) as writer:
         while group := list(islice(rows, ROW_GROUP)):
             values = zip(*group, strict=True)
@@ -92,4 +97,6 @@ class _Sink:
 
 
 def _csv(value: Any) -> Any:
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
     return value.isoformat() if hasattr(value, "isoformat") else value

@@ -1,8 +1,9 @@
-"""Commands that look and change nothing: query, show, stats, runs; and the schema's: db."""
+"""Commands that look and change nothing: query, show, stats."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from shared.store import ItemState, migrate
-from shared.store.queries import Funnel, funnels
+from shared.errors import ConfigError
+from shared.store import Database
 from tirgen import query as queries
 from tirgen.cli import report
 from tirgen.cli import show as showing
 from tirgen.cli.common import Format, console, open_database
 from tirgen.cli.export import WRITERS
-from tirgen.cli.render import age, json_text, share, table
-from tirgen.fields import FIELDS
+from tirgen.cli.render import json_text, table
+from tirgen.expression import searches
+from tirgen.fields import FIELDS, FUNCTIONS, STEP_FIELDS, Kind
 from tirgen.stats import failures as failed_items
 from tirgen.stats import gather
 
@@ -38,47 +40,83 @@ def query(
     expression: Annotated[
         str, typer.Argument(metavar="[EXPR]", help="What to select; everything if left out.")
     ] = "",
-    columns: Annotated[str, typer.Option(help="Fields to show, separated by commas.")] = ",".join(
-        queries.DEFAULT_COLUMNS
-    ),
+    columns: Annotated[
+        str,
+        typer.Option(help="Fields to show, separated by commas; with --group-by, to average."),
+    ] = "",
     order: Annotated[
         str, typer.Option(help="Fields to sort by; a minus for descending: -n_calls,id.")
     ] = "",
     limit: Annotated[
         int | None, typer.Option(min=1, help=f"Rows; {TABLE_ROWS} for a table, else all.")
     ] = None,
+    after: Annotated[
+        int | None, typer.Option(help="Next page: the id of the last trajectory of this one.")
+    ] = None,
+    group_by: Annotated[
+        str, typer.Option(help="Count by these fields, with the rate of vetted ones.")
+    ] = "",
+    count: Annotated[bool, typer.Option("--count", help="Only count.")] = False,
     format: Annotated[QueryFormat, typer.Option(help="Into a file with > FILE.")] = (
         QueryFormat.TABLE
     ),
     fields: Annotated[bool, typer.Option("--fields", help="List every field and stop.")] = False,
 ) -> None:
-    """Find trajectories: fields, literals, == != < <= > >= in is, and, or, not.
+    """Find trajectories: fields, literals, == != < <= > >= in is, and, or, not, any_step(...).
 
     tirgen query 'vetted and n_calls >= 2 and subject != "Algebra"' --order -n_calls
     """
     if fields:
         _list_fields(format)
         return
-    names = _names(columns)
-    is_table = format is QueryFormat.TABLE
-    wanted = queries.Query(
-        expression, names, _names(order), limit or (TABLE_ROWS if is_table else None)
-    )
-    queries.statement(wanted)  # a mistake in it is found before the database is even started
+    shown = limit or (TABLE_ROWS if format is QueryFormat.TABLE else None)
+    if group_by or count:
+        if order or after is not None:
+            what = "groups have an order of their own: the largest first"
+            raise ConfigError(what, where="--group-by", remedy="leave out --order and --after")
+        groups = queries.Groups(expression, _names(group_by), _names(columns), shown)
+        queries.check(groups)  # a mistake in it is found before the database is even started
+        with queries.grouped(open_database(), groups) as rows:
+            _write(groups.columns, rows, format)
+        return
+    names = _names(columns) or queries.DEFAULT_COLUMNS
+    wanted = queries.Query(expression, names, _names(order), shown, after)
+    queries.check(wanted)
     db = open_database()
     with queries.run(db, wanted) as rows:
-        if not is_table:
-            WRITERS[format](names, rows, sys.stdout)
-            return
-        listed = list(rows)
+        n, last = _write(queries.kinds(names), rows, format)
+    if format is QueryFormat.TABLE and n == shown:
+        _say_what_is_left(db, wanted, n, dict(zip(names, last, strict=True)).get("id"))
+
+
+def _write(
+    columns: Mapping[str, Kind], rows: Iterator[tuple[Any, ...]], format: QueryFormat
+) -> tuple[int, tuple[Any, ...]]:
+    """Print them all; how many there were, and the last one, of a table."""
+    if format is not QueryFormat.TABLE:
+        WRITERS[format](columns, rows, sys.stdout)
+        return 0, ()
+    listed = list(rows)
     if not listed:
         console.print("No trajectory is like that.", style="dim")
+        return 0, ()
+    console.print(table(list(columns), listed))
+    return len(listed), listed[-1]
+
+
+def _say_what_is_left(db: Database, wanted: queries.Query, n: int, last: int | None) -> None:
+    """Counting all is cheap on indexed columns only: bodies are not searched again for this."""
+    if searches(wanted.where):
+        hint = "There may be more"
+    elif wanted.after is None and (left := queries.count(db, wanted.where) - n) > 0:
+        hint = f"{left} more"
+    elif wanted.after is not None:
+        hint = "The next page"
+    else:
         return
-    console.print(table(names, listed))
-    more = queries.count(db, expression) - len(listed) if len(listed) == wanted.limit else 0
-    if more > 0:
-        hint = f"{more} more: --limit N shows more, --format jsonl all of them."
-        console.print(hint, style="dim", highlight=False)
+    page = "" if last is None else f", --after {last} the next page"
+    text = f"{hint}: --limit N shows more{page}, --format jsonl all of them."
+    console.print(text, style="dim", highlight=False)
 
 
 def show(
@@ -116,52 +154,6 @@ def stats(
         draw(found, plot)
 
 
-def runs(format: Annotated[Format, typer.Option()] = Format.TABLE) -> None:
-    """List the runs, newest first."""
-    with open_database().session() as session:
-        found = funnels(session)
-    if format is Format.JSON:
-        typer.echo(json_text([_run_json(one) for one in found], indent=2))
-    elif found:
-        names = ("run", "state", "done", "vetted", "rejected", "failed", "yield", "age")
-        console.print(table(names, map(_run_row, found)))
-    else:
-        console.print("No runs yet: tirgen generate nano --limit 10", style="dim")
-
-
-db_app = typer.Typer(no_args_is_help=True, help="The database's schema.")
-
-
-@db_app.command()
-def upgrade() -> None:
-    """Bring the schema up to this version of the program."""
-    db = open_database(migrate=False)
-    before = migrate.current(db)
-    migrate.upgrade(db)
-    console.print(_schema(before, migrate.current(db)), highlight=False)
-
-
-@db_app.command()
-def address() -> None:
-    """Where the database is, as psql takes it: psql "$(tirgen db address)". May hold a password."""
-    typer.echo(open_database(migrate=False).conninfo)
-
-
-@db_app.command()
-def current() -> None:
-    """Show the schema's version; exit code 1 unless it is the one that this program needs."""
-    db = open_database(migrate=False)
-    found, head = migrate.current(db), migrate.head()
-    console.print(f"{found or 'no schema'} in {db.location}", markup=False, highlight=False)
-    if found != head:
-        console.print(f"this program needs {head}: tirgen db upgrade", style="red", highlight=False)
-        raise typer.Exit(1)
-
-
-def _schema(before: str | None, after: str | None) -> str:
-    return f"{after}, as before" if before == after else f"{before or 'no schema'} -> {after}"
-
-
 def _list_failures(run: str, format: Format) -> None:
     found = failed_items(open_database(), run)
     if format is Format.JSON:
@@ -181,40 +173,30 @@ def _names(listed: str) -> tuple[str, ...]:
 
 
 def _list_fields(format: QueryFormat) -> None:
-    rows = [(f.name, f.kind.value, f.description, f.values) for f in FIELDS.values()]
-    if format is QueryFormat.TABLE:
-        described = (
-            (name, kind, Text(f"{what}{': ' if values else ''}{', '.join(values)}"))
-            for name, kind, what, values in rows
-        )
-        console.print(table(("field", "type", "what it is"), described))
-        typer.echo("\nExamples:\n  " + "\n  ".join(queries.EXAMPLES))
-    else:
-        names = ("field", "type", "description", "values")
-        typer.echo(json_text([dict(zip(names, row, strict=True)) for row in rows], indent=2))
-
-
-def _run_row(run: Funnel) -> tuple[Any, ...]:
-    items = run.items
-    ended = (items[ItemState.VETTED], items[ItemState.REJECTED], items[ItemState.FAILED])
-    done = f"{run.n_items - run.n_open}/{run.n_items}"
-    rate = share(items[ItemState.VETTED], sum(ended))
-    return (run.name, run.state.value, done, *ended, rate, age(run.created_at))
-
-
-def _run_json(run: Funnel) -> dict[str, Any]:
-    ended = sum(run.items[s] for s in (ItemState.VETTED, ItemState.REJECTED, ItemState.FAILED))
-    return {
-        "run": run.name,
-        "kind": run.kind,
-        "state": run.state,
-        "created_at": run.created_at,
-        "finished_at": run.finished_at,
-        "n_items": run.n_items,
-        "n_open": run.n_open,
-        "items": dict(run.items),
-        "rejected": dict(run.rejected),
-        "failed": dict(run.failed),
-        "yield": run.items[ItemState.VETTED] / ended if ended else None,
-        "reconciles": run.reconciles,
-    }
+    scopes = {"trajectory": FIELDS, "step": STEP_FIELDS}
+    if format is not QueryFormat.TABLE:
+        listed = [
+            {
+                "field": f.name, "of": scope, "type": f.kind, "indexed": f.indexed,
+                "description": f.description, "values": f.values,
+            }
+            for scope, fields in scopes.items()
+            for f in fields.values()
+        ]  # fmt: skip
+        listed += [{"function": f, "description": what} for f, what in FUNCTIONS.items()]
+        typer.echo(json_text(listed, indent=2))
+        return
+    for scope, fields in scopes.items():
+        rows = [
+            (
+                f.name, f.kind.value, "indexed" if f.indexed else "slow",
+                Text(f"{f.description}{': ' if f.values else ''}{', '.join(f.values)}"),
+            )
+            for f in fields.values()
+        ]  # fmt: skip
+        console.print(table((f"field of a {scope}", "type", "speed", "what it is"), rows))
+        console.print()
+    functions = [(name, Text(what)) for name, what in FUNCTIONS.items()]
+    console.print(table(("function", "what it says"), functions))
+    slow = "slow: rare rows are found by reading the table; fine beside an indexed condition."
+    typer.echo(f"\n{slow}\n\nExamples:\n  " + "\n  ".join(queries.EXAMPLES))

@@ -55,6 +55,8 @@ def cell(value: Any) -> Text:
             return Text(f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}", justify="right")
         case datetime():
             return Text(f"{value:%Y-%m-%d %H:%M}")
+        case list():
+            value = ", ".join(map(str, value))
     return Text(line(str(value)), no_wrap=True, overflow="ellipsis")
 
 
