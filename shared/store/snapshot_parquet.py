@@ -129,14 +129,22 @@ class ParquetSource:
             raise _altered("the manifest file", path)
         return cls(record, folder, files)
 
+    @property
+    def columns(self) -> list[str]:
+        """Those of a shard that a StoredRow is made of."""
+        return [name for name in StoredRow._fields if name in schema(self.record.kind).names]
+
     def pages(self, shard: Shard, stop: Event) -> Iterator[list[StoredRow]]:
         self.check()
         positions = shard.positions()
-        names = [name for name in _STORED if name in schema(self.record.kind).names]
         for file in self.files:
-            last = file.first + file.rows
-            if positions and positions[0] < last and file.first <= positions[-1]:
-                yield from self._pages(file, positions, names)
+            if positions and positions[0] < file.first + file.rows and file.first <= positions[-1]:
+                self.check_file(file)
+                for first, table in self.tables(file, self.columns):
+                    consecutive = range(first, first + table.num_rows)
+                    chosen = [p - first for p in consecutive if p in positions]
+                    if chosen:
+                        yield stored_rows(table.take(chosen))
 
     def check(self) -> None:
         """Raises InputError unless the shards' rows have the record's digest."""
@@ -170,21 +178,6 @@ class ParquetSource:
         except (OSError, arrow.ArrowException) as error:
             raise _altered(f"shard {file.path}", self.folder) from error
 
-    def _pages(
-        self, file: File, positions: range, names: Sequence[str]
-    ) -> Iterator[list[StoredRow]]:
-        self.check_file(file)
-        for first, table in self.tables(file, names):
-            # The range's own arithmetic: which of these consecutive positions belong to it.
-            inside = range(first, first + table.num_rows)
-            chosen = [p - first for p in inside if p in positions]
-            if chosen:
-                part = table if len(chosen) == table.num_rows else table.take(chosen)
-                columns = {name: part.column(name).to_pylist() for name in names}
-                nothing = [None] * len(chosen)
-                values = (columns.get(name, nothing) for name in _STORED)
-                yield [StoredRow(*row) for row in zip(*values, strict=True)]
-
     def _lines(self) -> Iterator[bytes]:
         names = COLUMNS[self.record.kind]
         for file in self.files:
@@ -193,7 +186,14 @@ class ParquetSource:
                 yield "".join("\t".join(row) + "\n" for row in zip(*values, strict=True)).encode()
 
 
-_STORED = StoredRow._fields
+def stored_rows(table: Any) -> list[StoredRow]:
+    """An Arrow table of at least a source's `columns`, as rows."""
+    nothing = [None] * table.num_rows
+    values = (
+        table.column(name).to_pylist() if name in table.column_names else nothing
+        for name in StoredRow._fields
+    )  # fmt: skip
+    return [StoredRow(*row) for row in zip(*values, strict=True)]
 
 
 def pyarrow() -> tuple[Any, Any]:

@@ -18,7 +18,6 @@ What `rows` promises:
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ from shared.store.snapshot_rows import (
     problem_entry,
     trajectory_entry,
 )
-from shared.store.snapshots import Record
+from shared.store.snapshots import Record, is_folder
 
 AHEAD = 2  # pages that are read before they are asked for
 
@@ -64,9 +63,9 @@ class Snapshot:
         Raises InputError if there is no such snapshot or folder, DatabaseError if its record was
         altered or the server cannot be used, ConfigError for a bad `url`.
         """
-        if isinstance(name, Path) or os.sep in name:
+        if is_folder(name):
             return cls(ParquetSource.open(Path(name)))
-        return cls(DatabaseSource.open(name, url, patience))
+        return cls(DatabaseSource.open(str(name), url, patience))
 
     @property
     def record(self) -> Record:

@@ -21,10 +21,12 @@ triggers refuse every change but the deletion of the whole.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psycopg
@@ -112,6 +114,11 @@ def check_name(name: str) -> str:
             remedy="use letters, digits, '-', '_' and '.', at most 100, a letter or digit first",
         )
     return name
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether an exported snapshot is meant: a Path, or a text with a slash, which no name has."""
+    return isinstance(name, Path) or os.sep in name
 
 
 def digest_of(kind: SnapshotKind, n_rows: int, lines: Iterable[bytes]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shared.errors import TirgenError
-from tirgen.cli import db, generate, read, runs, sandbox, stack
+from tirgen.cli import db, generate, read, runs, sandbox, snapshot, stack
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +30,7 @@ for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(runs.app, name="runs", rich_help_panel="Look")
+app.add_typer(snapshot.app, name="snapshot", rich_help_panel="Curate")
 app.add_typer(db.app, name="db", rich_help_panel="The stack")
 app.add_typer(sandbox.app, name="sandbox", rich_help_panel="The stack")
 

@@ -32,6 +32,7 @@ from shared.store.snapshots import COLUMNS, Record
 from shared.store.trajectories import copy_in, decode
 from shared.trajectory import Check, clean, content_hash
 from tirgen import query, runs
+from tirgen.curation import chain as chains
 from tirgen.curation import splits
 from tirgen.curation.base import PREFIX
 from tirgen.curation.lineage import origin
@@ -92,11 +93,7 @@ def create(db: Database, request: Request) -> Record:
     snapshots.check_name(request.name)
     splits.checked(request.shares)
     condition(request.where)
-    chain = None
-    if request.filters:
-        from tirgen.curation import chain as chains  # TEMP
-
-        chain = chains.load(request.filters)
+    chain = chains.load(request.filters) if request.filters else None
     with db.session() as session:
         if session.scalar(select(SnapshotRow.id).where(SnapshotRow.name == request.name)):
             snapshots.refuse_taken(request.name)
