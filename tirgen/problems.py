@@ -9,27 +9,23 @@ id, so files may be larger than memory.
 
 from __future__ import annotations
 
-import csv
-import gzip
+import difflib
 import hashlib
-import json
 import math
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from shared.errors import InputError
+from shared.errors import ConfigError, InputError
+from shared.grading.extract import last_boxed
 from shared.trajectory import Problem
-from tirgen.optional import require
+from tirgen import rows
+from tirgen.rows import EXPECTED, Literal, Row, brief
 
 NANO = "nano"  # name of the packaged problems, wherever a source is asked for
-SUFFIXES = ".jsonl, .json, .csv (each also with .gz), .parquet"
-MAX_LINE = 1 << 24  # bytes; one problem is never that long, but a file of another kind may be
 
 # Names that public datasets use, best first.
 NAMES: Mapping[str, tuple[str, ...]] = {
@@ -40,18 +36,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "subject": ("subject",),
     "level": ("level",),
 }
-EXPECTED = 'expected is e.g. {"id": "a1", "problem": "What is 6 times 7?", "answer": "42"}'
+MAP_REMEDY = "write --map problem=question,answer=final"
+BOXED = "boxed:"  # before a mapped column: take the content of its last \\boxed{}
 
 _FOUR_HASHES = re.compile(r"^####[ \t]*(.*\S)", re.MULTILINE)  # GSM8K: a worked solution, #### 72
-_DATASET = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?", re.ASCII)
-
-Row = Mapping[str, Any]
-
-
-class Literal(str):
-    """A JSON number as it stands in the file: 0.10 stays 0.10."""
-
-    __slots__ = ()
 
 
 def packaged_problems() -> Path:
@@ -59,27 +47,44 @@ def packaged_problems() -> Path:
     return Path(str(files("shared.nano").joinpath("problems.jsonl")))
 
 
-def load_problems(source: str, limit: int | None = None) -> ProblemStream:
+def field_map(settings: Iterable[str]) -> dict[str, str]:
+    """`problem=question,answer=final` as a mapping. Raises ConfigError for what it does not know.
+
+    A column may lie deeper (`answer=reward_model.ground_truth`, `problem=prompt.0.content`), and
+    `answer=boxed:solution` takes the last \\boxed{} of a worked solution.
+    """
+    found: dict[str, str] = {}
+    for part in (part for setting in settings for part in setting.split(",") if part.strip()):
+        field, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals or not column:
+            raise ConfigError(f"{part!r} is not FIELD=COLUMN", where="--map", remedy=MAP_REMEDY)
+        if field not in NAMES:
+            near = difflib.get_close_matches(field, NAMES, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"fields are {', '.join(NAMES)}"
+            raise ConfigError(f"problems have no field {field!r}", where="--map", remedy=remedy)
+        found[field] = column
+    return found
+
+
+def load_problems(
+    source: str,
+    limit: int | None = None,
+    fields: Mapping[str, str] | None = None,
+    answers: bool = True,
+) -> ProblemStream:
     """Open `source`: a path, a dataset as ORG/NAME[:CONFIG][:SPLIT] (split: train), or `nano`.
 
-    Yields at most `limit` problems. Raises InputError for what is there at all, here; for what is
-    in it, while it is read. Raises ConfigError where an optional library is missing.
+    `fields` says which column a field is, where it has none of the usual names. Without `answers`
+    none is needed, as with benchmarks that are only compared. Yields at most `limit` problems.
+    Raises InputError for what is there at all, here; for what is in it, while it is read. Raises
+    ConfigError where an optional library is missing.
     """
-    if source == NANO:
-        return ProblemStream(source, _jsonl(packaged_problems()), "line", limit)
-    path = Path(source)
-    dataset = _DATASET.fullmatch(source)
-    if not path.exists() and dataset and not _kind(path):
-        return ProblemStream(source, _hugging_face(source, *dataset.groups()), "row", limit)
-    readers = {"jsonl": _jsonl, "json": _jsonl, "csv": _csv, "parquet": _parquet}
-    _check_file(path)
-    kind = _kind(path)
-    if kind is None:
-        remedy = f"rename or convert it; known are {SUFFIXES}"
-        raise InputError(
-            "the file's name does not say what kind it is", where=source, remedy=remedy
-        )
-    return ProblemStream(source, readers[kind](path), "row" if kind == "parquet" else "line", limit)
+    names = {**NAMES, **{field: (column,) for field, column in (fields or {}).items()}}
+    columns = {column.removeprefix(BOXED) for found in names.values() for column in found}
+    wanted = frozenset(columns | {column.partition(".")[0] for column in columns})
+    path = str(packaged_problems()) if source == NANO else source
+    found, unit = rows.read(path, wanted)
+    return ProblemStream(source, found, unit, limit, names, answers)
 
 
 class ProblemStream:
@@ -90,13 +95,19 @@ class ProblemStream:
     """
 
     def __init__(
-        self, source: str, rows: Iterator[tuple[int, Row]], unit: str, limit: int | None
+        self,
+        source: str,
+        rows: Iterator[tuple[int, Row]],
+        unit: str,
+        limit: int | None,
+        names: Mapping[str, tuple[str, ...]] = NAMES,
+        answers: bool = True,
     ) -> None:
         self.source = source
         self.n_rows = 0
         self.n_duplicates = 0
         self.n_unanswered = 0
-        self._unit = unit
+        self._unit, self._names, self._answers = unit, names, answers
         self._problems = islice(self._distinct(rows), limit)
 
     def __iter__(self) -> Iterator[Problem]:
@@ -108,9 +119,9 @@ class ProblemStream:
         by_id: dict[bytes, tuple[bytes, int]] = {}  # digests, and where the id was first
         for number, row in rows:
             where = f"{self.source}, {self._unit} {number}"
-            problem = _problem(row, label, where)
+            problem = _problem(row, self._names, label, where, self._answers)
             self.n_rows += 1
-            if not problem.answer:
+            if not problem.answer and self._answers:
                 self.n_unanswered += 1
                 continue
             key = bytes.fromhex(problem.key)
@@ -119,7 +130,7 @@ class ProblemStream:
                 first_key, first = by_id.setdefault(identifier, (key, number))
                 if first_key != key:
                     raise InputError(
-                        f"the id {_brief(problem.external_id)} is already that of another problem, "
+                        f"the id {brief(problem.external_id)} is already that of another problem, "
                         f"in {self._unit} {first}",
                         where=where,
                         remedy="give every problem an id of its own, or leave ids out",
@@ -134,207 +145,91 @@ class ProblemStream:
             raise InputError(what, where=self.source, remedy=EXPECTED)
 
 
-def _problem(row: Row, label: str, where: str) -> Problem:
-    """`answer` is "" where the row has a blank one."""
-    text = _field(row, "problem", where)
-    answer = _field(row, "answer", where, numbers=True)
+def _problem(
+    row: Row, names: Mapping[str, tuple[str, ...]], label: str, where: str, answers: bool
+) -> Problem:
+    """`answer` is "" where the row has a blank one, or may lack one."""
+
+    def field(name: str, *, numbers: bool = False) -> str | None:
+        return _field(row, names[name], where, numbers=numbers)
+
+    text = field("problem")
+    answer = field("answer", numbers=True)
     if text is None:
-        raise _missing(row, "problem", where)
+        raise _missing(row, "problem", names, where)
     if not text.strip():
         raise InputError("the problem is empty", where=where, remedy=EXPECTED)
-    if answer is None and not any(name in row for name in NAMES["answer"]):
-        raise _missing(row, "answer", where)
+    if answer is None and answers and not any(_has(row, name) for name in names["answer"]):
+        raise _missing(row, "answer", names, where)
     marked = _FOUR_HASHES.findall(answer or "")
     return Problem(
         text=text,
         answer=marked[-1] if marked else (answer or "").strip(),
-        source=_field(row, "source", where) or label,
-        external_id=_field(row, "id", where, numbers=True) or "",
-        subject=_field(row, "subject", where, numbers=True) or None,
-        level=_field(row, "level", where, numbers=True) or None,
+        source=field("source") or label,
+        external_id=field("id", numbers=True) or "",
+        subject=field("subject", numbers=True) or None,
+        level=field("level", numbers=True) or None,
     )
 
 
-def _field(row: Row, field: str, where: str, *, numbers: bool = False) -> str | None:
+def _field(row: Row, names: tuple[str, ...], where: str, *, numbers: bool = False) -> str | None:
     """The value as text; None where the field is absent or null."""
-    name = next((n for n in NAMES[field] if row.get(n) is not None), None)
+    name = next((n for n in names if _value(row, n) is not None), None)
     if name is None:
         return None
-    value = row[name]
+    value = _value(row, name)
     if numbers and isinstance(value, Literal):
         return str(value)
     if numbers and type(value) in (int, float) and math.isfinite(value):
         return str(value)
     if type(value) is str:
-        return value
+        return _unboxed(value, name, where) if name.startswith(BOXED) else value
     found = "a number" if isinstance(value, Literal | int | float) else type(value).__name__
     found = {"bool": "true or false", "dict": "an object", "list": "a list"}.get(
         type(value).__name__, found
     )
     expected = "a text or a number" if numbers else "a text"
     raise InputError(
-        f"field {name!r} is {found} ({_brief(value)}), expected {expected}",
+        f"field {name!r} is {found} ({brief(value)}), expected {expected}",
         where=where,
         remedy=EXPECTED,
     )
 
 
-def _missing(row: Row, field: str, where: str) -> InputError:
-    names = " or ".join(repr(name) for name in NAMES[field])
-    there = ", ".join(_brief(str(name)) for name in list(row)[:12]) or "none"
-    what = f"no field {names}; the row has: {there}"
+def _unboxed(text: str, name: str, where: str) -> str:
+    boxed = last_boxed(text)
+    if boxed is None:
+        what = f"field {name.removeprefix(BOXED)!r} has no complete \\boxed{{}}: {brief(text)}"
+        raise InputError(what, where=where, remedy="map the answer to another column, or leave "
+                         "such rows out of the file")  # fmt: skip
+    return boxed
+
+
+def _value(row: Row, name: str) -> Any:
+    """What is in the column; one with dots may also be a path into objects and lists."""
+    name = name.removeprefix(BOXED)
+    if name in row or "." not in name:
+        return row.get(name)
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _has(row: Row, name: str) -> bool:
+    return name.removeprefix(BOXED) in row or _value(row, name) is not None
+
+
+def _missing(row: Row, field: str, names: Mapping[str, tuple[str, ...]], where: str) -> InputError:
+    wanted = " or ".join(repr(name.removeprefix(BOXED)) for name in names[field])
+    there = ", ".join(brief(str(name)) for name in list(row)[:12]) or "none"
+    what = f"no field {wanted}; the row has: {there}"
     if field == "answer" and "solution" in row:
-        what += " (a worked solution is not a final answer)"
-    return InputError(what, where=where, remedy=EXPECTED)
-
-
-# ---- readers: each yields the line's or row's number, from 1, and its fields --------------------
-
-
-def _kind(path: Path) -> str | None:
-    """By suffix; None if it says nothing that is known."""
-    name = path.name.lower()
-    kind = name.removesuffix(".gz").rpartition(".")[2]
-    if kind in ("jsonl", "json", "csv"):
-        return kind
-    return "parquet" if name.endswith(".parquet") else None
-
-
-def _check_file(path: Path) -> None:
-    where = str(path)
-    if path.is_dir():
-        remedy = "name the files in it: tirgen generate FOLDER/*.jsonl"
-        raise InputError("this is a folder, not a file", where=where, remedy=remedy)
-    if not path.exists():
-        remedy = "check the path; a dataset of the Hugging Face Hub is written ORG/NAME:SPLIT"
-        raise InputError("there is no such file", where=where, remedy=remedy)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines as text. Raises InputError for what is not UTF-8 text."""
-    where = str(path)
-    try:
-        with _opened(path) as stream:
-            for number, raw in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
-                yield number, _decoded(raw, f"{where}, line {number}")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        remedy = "it is damaged or not compressed at all; fetch it again or drop the .gz"
-        raise InputError(f"gzip cannot read it: {error}", where=where, remedy=remedy) from error
-    except OSError as error:
-        what = f"it cannot be read: {error.strerror or error}"
-        raise InputError(what, where=where, remedy="check that you may read it") from error
-
-
-def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    remedy = f"expected is UTF-8 text, one problem a line; known are {SUFFIXES}"
-    if len(raw) > MAX_LINE:
-        raise InputError(f"a line of more than {MAX_LINE} bytes", where=where, remedy=remedy)
-    if b"\0" in raw:
-        raise InputError("binary data (a NUL byte)", where=where, remedy=remedy)
-    try:
-        return raw.decode("utf-8-sig")  # Windows programs put a byte order mark first
-    except UnicodeDecodeError as error:
-        what = f"binary data (byte 0x{raw[error.start]:02x} is not UTF-8)"
-        raise InputError(what, where=where, remedy=remedy) from error
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line, parse_int=Literal, parse_float=Literal)
-        except json.JSONDecodeError as error:
-            raise _not_json(number, line, error, where) from error
-        except RecursionError as error:
-            what = "JSON nested too deeply"
-            raise InputError(what, where=where, remedy=EXPECTED) from error
-        if not isinstance(row, dict):
-            what = f"expected one JSON object a line, found {_brief(row)}"
-            raise InputError(what, where=where, remedy=EXPECTED)
-        yield number, row
-
-
-def _not_json(number: int, line: str, error: json.JSONDecodeError, where: str) -> InputError:
-    if number == 1 and line.lstrip()[:1] in ("[", "{") and error.pos >= len(line.rstrip()):
-        remedy = "write one object a line: jq -c '.[]' FILE > FILE.jsonl ('.' for loose objects)"
-        what = "this is JSON over several lines, expected is one complete object a line"
-        return InputError(what, where=where, remedy=remedy)
-    near = _brief(line[max(0, error.pos - 20) : error.pos + 20].strip("\n"))
-    what = f"broken JSON at column {error.colno}: {error.msg}, near {near}"
-    return InputError(what, where=where, remedy=EXPECTED)
-
-
-def _csv(path: Path) -> Iterator[tuple[int, Row]]:
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    header: list[str] | None = None
-    rows: Iterable[list[str]] = reader
-    try:
-        for cells in rows:
-            if not cells:
-                continue
-            if header is None:
-                header = [name.strip() for name in cells]
-                continue
-            if len(cells) != len(header):
-                raise InputError(
-                    f"{len(cells)} cells, but the header names {len(header)} columns",
-                    where=f"{path}, line {reader.line_num}",
-                    remedy="quote cells that hold commas or line breaks",
-                )
-            yield reader.line_num, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        where = f"{path}, line {reader.line_num}"
-        remedy = "quote cells that hold commas, quotes or line breaks"
-        raise InputError(f"broken CSV: {error}", where=where, remedy=remedy) from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    need = {"need": "reading Parquet", "install": "tirgen[parquet]"}
-    arrow, parquet = require("pyarrow", **need), require("pyarrow.parquet", **need)
-    wanted = {name for names in NAMES.values() for name in names}
-    try:
-        with parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            columns = [name for name in names if name in wanted]
-            batches = table.iter_batches(batch_size=1000, columns=columns)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield number, row if columns else dict.fromkeys(names)
-    except (arrow.ArrowException, OSError) as error:
-        remedy = "it is damaged or of another kind; fetch or write it again"
-        what = f"it cannot be read as Parquet: {_clip(str(error), 500)}"
-        raise InputError(what, where=str(path), remedy=remedy) from error
-
-
-def _hugging_face(
-    source: str, name: str, first: str | None, second: str | None
-) -> Iterator[tuple[int, Row]]:
-    datasets = require(
-        "datasets", need=f"{source!r} is no file; reading it from the Hub", install="datasets"
-    )
-    config, split = (first, second) if second else (None, first or "train")
-    try:
-        stream = datasets.load_dataset(name, config, split=split, streaming=True)
-        yield from enumerate(stream, start=1)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        remedy = (
-            "a file is named by its path; a dataset needs a network and is written "
-            "ORG/NAME, ORG/NAME:SPLIT or ORG/NAME:CONFIG:SPLIT"
-        )
-        what = f"the dataset cannot be read: {_clip(str(error), 500)}"
-        raise InputError(what, where=source, remedy=remedy) from error
-
-
-def _brief(value: Any) -> str:
-    """A value in a message: quoted, control characters escaped, not long."""
-    return _clip(ascii(value) if not isinstance(value, str) else ascii(str(value)))
-
-
-def _clip(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+        what += " (a worked solution is not a final answer; --map answer=boxed:solution takes it)"
+    remedy = EXPECTED if names[field] == NAMES[field] else "correct --map"
+    return InputError(what, where=where, remedy=f"{remedy}; or --map {field}=COLUMN")

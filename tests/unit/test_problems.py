@@ -17,7 +17,7 @@ import pytest
 
 from shared.errors import ConfigError, InputError
 from shared.trajectory import Problem
-from tirgen import problems
+from tirgen import problems, rows
 from tirgen.problems import load_problems, packaged_problems
 
 GOOD = '{"id": "a", "problem": "What is 6 times 7?", "answer": "42"}\n'
@@ -102,7 +102,7 @@ def test_file_is_streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             yield i, {"problem": f"{next(numbers)}", "answer": "1"}
 
     numbers = iter(range(10**9))
-    monkeypatch.setattr(problems, "_jsonl", endless)
+    monkeypatch.setattr(rows, "_jsonl", endless)
     (tmp_path / "p.jsonl").touch()
     assert len(list(islice(load_problems(str(tmp_path / "p.jsonl")), 2))) == 2
 
@@ -140,7 +140,7 @@ BAD = {
     "NUL": (GOOD.encode() + b"\0\1", "p.jsonl", ["line 2", "binary", "UTF-8"]),
     "not UTF-8": (GOOD.encode() + b'{"problem": "\xff"}', "p.jsonl", ["line 2", "0xff"]),
     "UTF-16": (GOOD.encode("utf-16"), "p.jsonl", ["line 1", "binary", "UTF-8"]),
-    "endless line": (b"x" * (problems.MAX_LINE + 2), "p.jsonl", ["line 1", "a line of more than"]),
+    "endless line": (b"x" * (rows.MAX_LINE + 2), "p.jsonl", ["line 1", "a line of more than"]),
     "same id": (GOOD + GOOD.replace("42", "43"), "p.jsonl", ["line 2", "id 'a'", "line 1"]),
     "not gzip": (GOOD, "p.jsonl.gz", ["gzip cannot read it"]),
     "cut gzip": (gzip.compress(GOOD.encode() * 999)[:-20], "p.jsonl.gz", ["gzip cannot read it"]),
@@ -197,7 +197,7 @@ def test_parquet_of_other_columns_or_types_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "module", "install"),
-    [("p.parquet", "pyarrow", "tirgen[parquet]"), ("org/name:test", "datasets", "datasets")],
+    [("p.parquet", "pyarrow", "tirgen[parquet]"), ("org/name:test", "datasets", "tirgen[hub]")],
 )
 def test_missing_library_is_named_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, module: str, install: str

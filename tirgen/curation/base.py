@@ -73,11 +73,11 @@ class Context(Protocol):
 
     seed: int
 
-    def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> dict[str, Rate]:
-        """Problem key -> how often its samples were right in `runs`, with the tool or without.
+    def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> list[Rate]:
+        """Of each row, how often the samples of its problem were right in `runs`.
 
-        Without names: for `tool` the runs of the rows; else all runs without the tool of their
-        models. Problems that were not sampled are left out.
+        Without names: with the tool, in the row's own run; else in all runs of its model without
+        the tool. 0/0 where there are none. Raises ConfigError where no such run is.
         """
 
 

@@ -7,7 +7,7 @@ decided counts neither as solved nor as a sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
@@ -27,15 +27,26 @@ class Stored:
         self._db, self.seed = db, seed
         self._alone: dict[str, list[int]] = {}
 
-    def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> dict[str, Rate]:
+    def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> list[Rate]:
+        rated: dict[int, Rate] = {}
         with self._db.session() as session:
-            if runs:
-                wanted = _named(session, runs)
-            elif tool:
-                wanted = sorted({row.run_id for row in rows})
-            else:
-                wanted = [i for model in {r.model for r in rows} for i in self._of(session, model)]
-            return measured(session, wanted, [row.problem_key for row in rows])
+            for wanted, some in self._grouped(session, rows, runs, tool):
+                found = measured(session, wanted, [row.problem_key for row in some])
+                rated |= {row.id: found.get(row.problem_key, Rate(0, 0)) for row in some}
+        return [rated[row.id] for row in rows]
+
+    def _grouped(
+        self, session: Session, rows: Sequence[Row], runs: Sequence[str], tool: bool
+    ) -> Iterator[tuple[list[int], list[Row]]]:
+        """Rows with the runs that measure them."""
+        if runs:
+            yield _named(session, runs), list(rows)
+        elif tool:
+            for run_id in {row.run_id for row in rows}:
+                yield [run_id], [row for row in rows if row.run_id == run_id]
+        else:
+            for model in {row.model for row in rows}:
+                yield self._of(session, model), [row for row in rows if row.model == model]
 
     def _of(self, session: Session, model: str) -> list[int]:
         """Runs of that reasoner without the tool."""
