@@ -8,6 +8,11 @@ client.wait(run)
 for row in client.query(f'run == "{run}" and vetted', columns=("id", "answer")):
     print(row)
 print(client.trajectory(row["id"]).text)
+
+client.snapshots.create("first", where=f'run == "{run}" and vetted', seed=1)
+client.snapshots.export("first", to="exports/first")
+for entry in client.snapshots.open("first").rows():
+    print(entry.position, entry.problem.text, entry.trajectory.answer)
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from shared.store.trajectories import read
 from shared.trajectory import Problem, Trajectory
 from tirgen import query, runs
 from tirgen.config import RunConfig, load
+from tirgen.curation.snapshots import Snapshots
 from tirgen.problems import load_problems
 from tirgen.stack import Stack
 
@@ -33,12 +39,16 @@ WORKER_SECONDS = 5.0  # how often a watcher looks whether there is still a worke
 
 
 class Client:
-    """Creating it brings the database up and its schema up to date."""
+    """Creating it brings the database up and its schema up to date.
+
+    `snapshots`: what `tirgen snapshot` does (`tirgen.curation.snapshots.Snapshots`).
+    """
 
     def __init__(self, url: str | None = None) -> None:
         self.stack = Stack()
         self.db = Database(url or resolve_url())
         upgrade(self.db)
+        self.snapshots = Snapshots(self.db)
 
     def configure(
         self,
