@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shared.errors import TirgenError
-from tirgen.cli import db, generate, read, runs, sandbox, snapshot, stack
+from tirgen.cli import db, generate, read, runs, sandbox, snapshot, stack, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,7 @@ app = typer.Typer(
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Generate": [generate.generate, generate.resume, generate.retry, generate.cancel],
     "Look": [read.query, read.show, read.stats],
+    "Curate": [verify.verify, verify.consensus],
     "The stack": [stack.up, stack.down, stack.status, stack.doctor, stack.worker],
 }
 for panel, commands in PANELS.items():
