@@ -15,6 +15,9 @@ from shared.sandbox.result import Outcome
 from shared.store import Database, ItemState
 from shared.store.models import ProblemRow, StepRow, TrajectoryRow, WorkItemRow
 from shared.store.queries import Funnel, UsageTotal, find_run, funnel, usage
+from tirgen import agreement
+
+QUEUE = 10  # majorities that differ from the reference, as many as are listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class RunStats:
     subjects: Mapping[str | None, Mapping[ItemState, int]]
     usage: tuple[UsageTotal, ...]
     elapsed: float
+    consensus: agreement.Summary  # all zero before `tirgen consensus`
     examples: tuple[Failure, ...] = ()  # one of each error class
 
     @property
@@ -121,6 +125,7 @@ class RunStats:
             "usage": [
                 {name: getattr(one, name) for name in UsageTotal.__slots__} for one in self.usage
             ],
+            "consensus": self.consensus.to_json(),
             "failure_examples": [asdict(one) for one in self.examples],
         }
 
@@ -144,6 +149,7 @@ def gather(db: Database, name: str) -> RunStats:
             subjects=_subjects(session, run.id),
             usage=tuple(usage(session, run.id)),
             elapsed=(ended - run.created_at).total_seconds() if ended else 0.0,
+            consensus=agreement.summary(session, run.id, QUEUE),
             examples=tuple(_failures(session, run.id, one_per_class=True)),
         )
 

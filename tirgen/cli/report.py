@@ -10,6 +10,7 @@ from rich.text import Text
 
 from shared.sandbox.result import Outcome
 from shared.store import ItemState
+from tirgen.agreement import Summary
 from tirgen.cli.render import line, percent, share, table, visible
 from tirgen.stats import RunStats, wilson
 
@@ -33,6 +34,9 @@ def page(stats: RunStats) -> Iterator[RenderableType]:
     if any(subject is not None for subject in stats.subjects):
         names = ("subject", "items", "vetted", "rejected", "failed", "yield")
         yield table(names, _subjects(stats), "\nBy subject")
+    if stats.consensus.n_problems:
+        yield Text()
+        yield from agreed(stats.consensus)
     if stats.usage:
         names = ("role", "model", "requests", "retries", "prompt tokens", "completion tokens")
         rows = [
@@ -40,6 +44,23 @@ def page(stats: RunStats) -> Iterator[RenderableType]:
             for u in stats.usage
         ]
         yield table(names, rows, "\nModel calls, failed attempts included")
+
+
+def agreed(shown: Summary) -> Iterator[RenderableType]:
+    """What the samples of each problem agree on; nothing where nothing was compared."""
+    if not shown.n_problems:
+        return
+    yield Text(
+        f"{shown.n_majority} of {shown.n_problems} problems have a majority, {shown.n_tied} tie; "
+        f"{shown.n_disagree} majorities differ from the reference, "
+        f"{shown.n_undecided} cannot be compared with it"
+    )
+    if shown.queue:
+        rows = [
+            (q.problem_id, q.answer, q.reference, f"{q.votes}/{q.n_samples}") for q in shown.queue
+        ]
+        names = ("problem", "majority", "reference", "votes")
+        yield table(names, rows, "\nMajorities that differ: is the reference wrong?")
 
 
 def brief(text: str) -> Text:

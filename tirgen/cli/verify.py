@@ -18,6 +18,7 @@ from tirgen import agreement, reverify
 from tirgen.agents.verifier import version_of
 from tirgen.cli.common import Format, console, open_database
 from tirgen.cli.render import json_text, line, percent, table
+from tirgen.cli.report import agreed
 from tirgen.reverify import Change, Rejudged, Scope, Transition
 
 EXAMPLES = 10  # that are shown of anything
@@ -83,29 +84,12 @@ def consensus(
     else:
         said = f"{done.n_compared} problems compared, {done.n_skipped} were up to date"
         console.print(said, highlight=False)
-        for part in agreement_page(shown):
+        for part in agreed(shown):
             console.print(part, highlight=False)
         for key, why in list(done.failures.items())[:EXAMPLES]:
             console.print(_failure(f"problem {key[:12]}", why), highlight=False)
     if done.failures:
         raise typer.Exit(1)
-
-
-def agreement_page(shown: agreement.Summary) -> Iterator[Any]:
-    """What `tirgen stats` shows too; nothing where nothing was compared."""
-    if not shown.n_problems:
-        return
-    yield Text(
-        f"{shown.n_majority} of {shown.n_problems} problems have a majority, {shown.n_tied} tie; "
-        f"{shown.n_disagree} majorities differ from the reference, "
-        f"{shown.n_undecided} cannot be compared with it"
-    )
-    if shown.queue:
-        rows = [
-            (q.problem_id, q.answer, q.reference, f"{q.votes}/{q.n_samples}") for q in shown.queue
-        ]
-        names = ("problem", "majority", "reference", "votes")
-        yield table(names, rows, "\nMajorities that differ: is the reference wrong?")
 
 
 def _verify_page(
