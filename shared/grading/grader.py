@@ -1,80 +1,75 @@
-"""Are two answers equal? In stages, cheapest first; three values, because "I cannot tell" is one.
+"""The outside: what callers use. Cheap stages here, all the rest in a jail of its own.
 
-A model's text is only ever data here: what evaluates it (math-verify) runs in a sandbox, under a
-preload of its own, and dies there when it takes too long. Undecided is not correct.
+A model's text is only ever data. What is equal as a string, or two plain numbers, is decided here
+by a few regular expressions; whatever has to be read further goes to a sandbox whose interpreters
+have sympy, math-verify and the modules of `shared.grading` loaded. Pairs that wait go there
+together, are decided one by one, and one that takes too long dies alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import json
 import os
 import threading
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
-from enum import StrEnum
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 
 from shared.errors import SandboxError
-from shared.grading import exact
-from shared.sandbox import Outcome, RunResult, Sandbox, Tier
+from shared.grading import exact, jail
+from shared.grading.verdict import Decision, Stage, Value, undecided
+from shared.sandbox import Outcome, Sandbox, Tier
 
-VERSION = f"1+math-verify-{version('math-verify')}"
-TIMEOUT = 5.0  # CPU seconds in the jail
-_INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
-_WARM_PAIRS = (
-    (r"\frac{1}{2}", "0.5"),
-    (r"x^2+2x+1", r"(x+1)^2"),
-    (r"\sqrt{8}", r"2\sqrt{2}"),
-    (r"(1,2]", r"(1,2]"),
-    (r"\{1,2\}", r"\{2,1\}"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-    (r"x=3", "3"),
-)
+VERSION = f"2+math-verify-{version('math-verify')}"
+BATCH = 16  # pairs that share one fork
+_REMEMBERED = 4096
 
-
-class Value(StrEnum):
-    EQUAL = "equal"
-    DIFFERENT = "different"
-    UNDECIDED = "undecided"
-
-
-class Stage(StrEnum):
-    """Which stage decided, or where it was left undecided."""
-
-    STRING = "string"
-    RATIONAL = "rational"
-    CAPS = "caps"
-    MATH_VERIFY = "math_verify"
+Judge = Callable[[str, str], Awaitable[bool | None]]
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """One comparison. `version` changes whenever a stage could decide otherwise; seconds."""
+    """One comparison. `version` changes whenever a stage could decide otherwise; seconds.
+
+    `opinion` is what a judge said of a pair that stays undecided: no reward rests on it alone.
+    """
 
     value: Value
     stage: Stage
     reason: str
     version: str
     duration: float
-
-
-_Decision = tuple[Value, Stage, str]
+    opinion: Value | None = None
 
 
 class Grader:
-    """Compares answers; holds the sandbox in which math-verify runs, opened when first needed.
+    """Compares answers; holds the sandbox in which they are read, opened when first needed.
 
-    Use in a `with` or `async with` block. Any thread and any number of concurrent calls.
+    Use in a `with` or `async with` block. Any thread, any event loop, any number of calls at once.
+    `judge` (answer, reference -> equal or not, None: no opinion) is asked by `agrade` about what
+    stays undecided. `budget`: seconds of wall time for one pair.
     """
 
-    def __init__(self, *, zygotes: int | None = None, minimum_tier: Tier = Tier.B) -> None:
-        self._zygotes, self._minimum_tier = zygotes, minimum_tier
+    def __init__(
+        self,
+        *,
+        zygotes: int | None = None,
+        minimum_tier: Tier = Tier.B,
+        judge: Judge | None = None,
+        budget: float = jail.BUDGET,
+    ) -> None:
+        self._zygotes = zygotes or len(os.sched_getaffinity(0))
+        self._minimum_tier, self._judge, self._budget = minimum_tier, judge, budget
         self._sandbox: Sandbox | None = None
+        self._workers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._waiting: deque[tuple[Pair, Future[Decision]]] = deque()
+        self._known: OrderedDict[Pair, Decision] = OrderedDict()
 
     def __enter__(self) -> Grader:
         return self
@@ -89,105 +84,108 @@ class Grader:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
+        """Ends the sandbox. What still waits raises SandboxError."""
         with self._lock:
-            if self._sandbox is not None:
-                self._sandbox.close()
-                self._sandbox = None
+            sandbox, self._sandbox = self._sandbox, None
+            workers, self._workers = self._workers, None
+        if sandbox is not None:
+            sandbox.close()
+        if workers is not None:
+            workers.shutdown(wait=True)
 
     def grade(self, answer: str, reference: str) -> Grade:
         """Compare. Raises SandboxError where the sandbox cannot be made or fails twice."""
         started = time.monotonic()
-        steps = _steps(answer, reference)
-        code, decided = next(steps)
-        if decided is None:
-            decided = steps.send(self._open().run(code, timeout=TIMEOUT))[1]
+        found = self._start(answer, reference)
+        decided = found if isinstance(found, Decision) else found.result()
         return _grade(decided, started)
 
     async def agrade(self, answer: str, reference: str) -> Grade:
-        """`grade` for an event loop; cancelling it kills what runs."""
+        """`grade` for an event loop; a judge, if there is one, is asked what stays undecided."""
         started = time.monotonic()
-        steps = _steps(answer, reference)
-        code, decided = next(steps)
-        if decided is None:
-            sandbox = await asyncio.to_thread(self._open)
-            decided = steps.send(await sandbox.arun(code, timeout=TIMEOUT))[1]
-        return _grade(decided, started)
+        found = self._start(answer, reference)
+        decided = found if isinstance(found, Decision) else await asyncio.wrap_future(found)
+        grade = _grade(decided, started)
+        if self._judge is None or grade.value is not Value.UNDECIDED:
+            return grade
+        said = await self._judge(answer, reference)
+        opinion = None if said is None else Value.EQUAL if said else Value.DIFFERENT
+        duration = time.monotonic() - started
+        return replace(grade, stage=Stage.JUDGE, opinion=opinion, duration=duration)
+
+    # ---- the queue of the jail -------------------------------------------------------------------
+
+    def _start(self, answer: str, reference: str) -> Decision | Future[Decision]:
+        """A decision, or one that is being made."""
+        mine, gold = exact.normalise(answer), exact.normalise(reference)
+        decided = exact.decide(mine, gold)
+        if decided is not None:
+            return decided
+        pair = (mine, gold)
+        future: Future[Decision] = Future()
+        with self._lock:
+            if (known := self._known.get(pair)) is not None:
+                self._known.move_to_end(pair)
+                return known
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(self._zygotes, "grading")
+            self._waiting.append((pair, future))
+            self._workers.submit(self._work)
+        return future
+
+    def _work(self) -> None:
+        """Take a fair share of what waits, and decide it."""
+        with self._lock:
+            share = min(BATCH, -(-len(self._waiting) // self._zygotes))
+            batch = [self._waiting.popleft() for _ in range(share)]
+        batch = [(p, f) for p, f in batch if f.set_running_or_notify_cancel()]
+        try:
+            sandbox = self._open() if batch else None
+            while batch:
+                assert sandbox is not None
+                decisions = self._run(sandbox, [pair for pair, _ in batch])
+                for (pair, future), decision in zip(batch, decisions, strict=False):
+                    with self._lock:
+                        self._known[pair] = decision
+                        if len(self._known) > _REMEMBERED:
+                            self._known.popitem(last=False)
+                    future.set_result(decision)
+                batch = batch[len(decisions) :]
+        except BaseException as error:  # noqa: BLE001  it belongs to those who wait
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+
+    def _run(self, sandbox: Sandbox, pairs: list[Pair]) -> list[Decision]:
+        """Decisions on the first pairs, at least one. The budget is for all: what one of them
+        used up is given again to those behind it."""
+        result = sandbox.run(jail.program(pairs), timeout=jail.cpu(self._budget))
+        if result.outcome is Outcome.INFRASTRUCTURE_ERROR:
+            raise SandboxError(f"The sandbox failed while grading: {result.stderr}")
+        decisions = jail.decisions(result.stdout, len(pairs))
+        if len(decisions) == len(pairs):
+            return decisions
+        if decisions and len(pairs) > 1:
+            return decisions  # the next one begins the next run, with a budget of its own
+        if result.outcome is Outcome.TIMEOUT:
+            reason = f"not decided within {self._budget:g} s"
+        else:
+            reason = f"the jail ended: {result.error.type if result.error else result.outcome}"
+        return [undecided(Stage.CAPS, reason)]
 
     def _open(self) -> Sandbox:
         with self._lock:
+            if self._workers is None:
+                raise SandboxError("The grader is closed.")
             if self._sandbox is None:
-                sandbox = Sandbox(
-                    zygotes=self._zygotes,
-                    minimum_tier=self._minimum_tier,
-                    preload=("sympy", "math_verify"),
-                    warmup=_warmup(),
-                )
+                sandbox = jail.sandbox(self._zygotes, self._minimum_tier, self._budget)
                 sandbox.open()
                 self._sandbox = sandbox
             return self._sandbox
 
 
-def _steps(
-    answer: str, reference: str
-) -> Generator[tuple[str, _Decision | None], RunResult | None, None]:
-    """The stages, apart from how a run is awaited: yields code to run or a decision."""
-    first, second = exact.normalise(answer), exact.normalise(reference)
-    mine, gold = exact.unassigned(first, second), exact.unassigned(second, first)
-    decided = _without_library(mine, gold)
-    if decided is not None:
-        yield "", decided
-        return
-    result = yield f"{_INSIDE}\nmain({mine!r}, {gold!r})\n", None
-    assert result is not None
-    decided = _judge(result)
-    if decided[0] is Value.EQUAL and exact.same_but_for_case(mine, gold):
-        decided = Value.UNDECIDED, Stage.MATH_VERIFY, "equal only up to upper and lower case"
-    yield "", decided
-
-
-def _without_library(mine: str, gold: str) -> _Decision | None:
-    for name, text in (("answer", mine), ("reference", gold)):
-        if not text:
-            return Value.UNDECIDED, Stage.CAPS, f"the {name} is empty"
-        if len(text) > exact.MAX_LENGTH:  # nothing below is asked to look at it
-            return Value.UNDECIDED, Stage.CAPS, f"the {name}: {exact.too_much(text)}"
-    if exact.canonical(mine) == exact.canonical(gold):
-        return Value.EQUAL, Stage.STRING, ""
-    left, right = exact.rational(mine), exact.rational(gold)
-    if left is not None and right is not None:
-        value = Value.EQUAL if left == right else Value.DIFFERENT
-        return value, Stage.RATIONAL, "" if left == right else "unequal numbers"
-    for name, text in (("answer", mine), ("reference", gold)):
-        if (reason := exact.too_much(text)) is not None:
-            return Value.UNDECIDED, Stage.CAPS, f"the {name}: {reason}"
-    return None
-
-
-def _judge(result: RunResult) -> _Decision:
-    stage = Stage.MATH_VERIFY
-    match result.outcome:
-        case Outcome.INFRASTRUCTURE_ERROR:
-            raise SandboxError(f"The sandbox failed while grading: {result.stderr}")
-        case Outcome.TIMEOUT:
-            return Value.UNDECIDED, stage, f"not decided within {TIMEOUT:g} s"
-        case Outcome.OK:
-            try:
-                said = json.loads(result.stdout.splitlines()[-1])
-                return Value(said["value"]), stage, str(said["reason"])
-            except (ValueError, KeyError, TypeError):
-                return Value.UNDECIDED, stage, "math-verify gave no answer"
-    kind = result.error.type if result.error else result.outcome.value
-    return Value.UNDECIDED, stage, f"math-verify failed: {kind}"
-
-
-def _grade(decided: _Decision | None, started: float) -> Grade:
-    assert decided is not None
-    return Grade(*decided, version=VERSION, duration=time.monotonic() - started)
-
-
-def _warmup() -> str:
-    calls = "\n".join(f"compare({a!r}, {b!r})" for a, b in _WARM_PAIRS)
-    return f"{_INSIDE}\n{calls}\n"
+def _grade(decided: Decision, started: float) -> Grade:
+    return Grade(decided.value, decided.stage, decided.reason, VERSION, time.monotonic() - started)
 
 
 # ---- one grader for a process -------------------------------------------------------------------
