@@ -1,7 +1,7 @@
 """Queries over stored trajectories: from field names and an expression to a stream of rows.
 
-Everything is read through one server-side cursor in a read-only transaction, so memory does not
-grow with the number of rows, and a limit is only how many of them are fetched.
+Everything is read in a read-only transaction, and all but a page through a server-side cursor, so
+that memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sqlalchemy.orm import Session
 
 from shared.errors import ConfigError, DatabaseError, InputError
 from shared.store import Database
-from shared.store.models import ProblemRow, RunRow, TrajectoryRow, WorkItemRow
+from shared.store.models import ConsensusRow, ProblemRow, RunRow, TrajectoryRow, WorkItemRow
 from shared.store.roles import READER
 from shared.store.trajectories import decode
 from tirgen.expression import HELP, named, searches, where
@@ -43,6 +43,7 @@ from tirgen.stats import wilson
 
 STATEMENT_TIMEOUT = 120  # seconds, per round trip to the server
 BATCH = 1000  # rows per round trip
+PAGE_TIMEOUT = 30  # milliseconds for a page that is planned as one
 BODIES = 50  # of them where bodies are searched, which may be large
 
 DEFAULT_COLUMNS = ("id", "run", "problem_id", "vetted", "answer", "reference", "n_calls")
@@ -56,12 +57,13 @@ EXAMPLES = (
     "tirgen query --group-by subject,level --columns n_tokens,n_calls",
 )
 
-# The reader's role where there is one (`tirgen db roles`). As the whole result is read, or as much
-# as is wanted, the fraction that PostgreSQL plans for is 1: planning for the first rows, it would
-# walk the table in the order of the ids past all that does not match.
+# The reader's role where there is one (`tirgen db roles`). The fraction is what PostgreSQL plans a
+# cursor for: all rows, where it would think of the first tenth. The page cost is that of a database
+# in memory or on flash; the default, of a spinning disk, makes it shun indexes.
 _READ_AS = text("""
     SELECT set_config('statement_timeout', :timeout, true),
         set_config('cursor_tuple_fraction', '1', true),
+        set_config('random_page_cost', '1.1', true),
         (SELECT set_config('role', rolname, true) FROM pg_roles
          WHERE rolname = :reader AND pg_has_role(rolname, 'MEMBER')
              AND has_table_privilege(rolname, to_regclass('trajectories'), 'SELECT'))
@@ -182,7 +184,34 @@ def joined(wanted: Select[Any]) -> Select[Any]:
         .outerjoin(RunRow, RunRow.id == TrajectoryRow.run_id)
         .outerjoin(ProblemRow, ProblemRow.key == TrajectoryRow.problem_key)
         .outerjoin(WorkItemRow, WorkItemRow.id == TrajectoryRow.item_id)
+        .outerjoin(
+            ConsensusRow,
+            and_(
+                ConsensusRow.run_id == TrajectoryRow.run_id,
+                ConsensusRow.problem_key == TrajectoryRow.problem_key,
+            ),
+        )
     )
+
+
+def _page(session: Session, wanted: Select[Any], limit: int) -> list[tuple[Any, ...]] | None:
+    """The first rows, planned for being few; None where that takes long.
+
+    With a LIMIT, PostgreSQL likes to walk the ids until enough rows have matched. That is quick,
+    unless the matches are many fewer than it thinks or all lie far away. Then a plan that finds
+    all matches first is the better one.
+    """
+    soon = text("SELECT set_config('statement_timeout', :timeout, true)")
+    try:
+        with session.begin_nested():
+            session.execute(soon, {"timeout": f"{PAGE_TIMEOUT}ms"})
+            page = [tuple(row) for row in session.execute(wanted.limit(limit))]
+            session.execute(soon, {"timeout": f"{STATEMENT_TIMEOUT}s"})
+            return page
+    except OperationalError as error:
+        if not isinstance(error.orig, QueryCanceled):
+            raise
+        return None
 
 
 def _selected(
@@ -196,8 +225,14 @@ def _selected(
     texts = searches(expression)
     batch = min(limit or BATCH, BATCH if not texts else BODIES)
     if not texts:
-        chosen = wanted.where(where(expression)).execution_options(yield_per=batch)
-        yield from (tuple(row) for row in session.execute(chosen))
+        chosen = wanted.where(where(expression))
+        if limit is not None and limit <= BATCH:
+            page = _page(session, chosen, limit)
+            if page is not None:
+                yield from page
+                return
+        rows = session.execute(chosen.execution_options(yield_per=batch))
+        yield from (tuple(row) for row in rows)
         return
     answers = list(product((False, True), repeat=len(texts)))
     conditions = [where(expression, dict(zip(texts, answer, strict=True))) for answer in answers]

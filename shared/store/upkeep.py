@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,12 @@ def sizes(db: Database) -> list[Relation]:
     """Every table, the largest first."""
     with db.session() as session:
         return [Relation(**row) for row in session.execute(_SIZES).mappings()]
+
+
+def together(relations: Sequence[Relation]) -> Relation:
+    """Their sum, as one."""
+    sums = (sum(getattr(r, name) for r in relations) for name in Relation.__slots__[1:])
+    return Relation("all", *sums)
 
 
 def vacuum(db: Database) -> None:

@@ -49,14 +49,16 @@ def current() -> None:
 def size(format: Annotated[Format, typer.Option()] = Format.TABLE) -> None:
     """How large each table is: rows (estimated), its own bytes, those of its indexes, together."""
     relations = upkeep.sizes(open_database())
-    names = ("table", "rows", "table_bytes", "index_bytes", "total_bytes")
-    rows = [(r.name, r.rows, r.table_bytes, r.index_bytes, r.total_bytes) for r in relations]
+    names = ("table", "rows", "data", "indexes", "together")
     if format is Format.JSON:
+        rows = [(r.name, r.rows, r.table_bytes, r.index_bytes, r.total_bytes) for r in relations]
         typer.echo(json_text([dict(zip(names, row, strict=True)) for row in rows], indent=2))
         return
-    sums = ("all", *(sum(row[i] for row in rows) for i in range(1, 5)))  # type: ignore[misc]
-    shown = [(n, rows, *map(_bytes, sizes)) for n, rows, *sizes in [*rows, sums]]
-    console.print(table(("table", "rows", "data", "indexes", "together"), shown))
+    shown = [
+        (r.name, r.rows, _bytes(r.table_bytes), _bytes(r.index_bytes), _bytes(r.total_bytes))
+        for r in [*relations, upkeep.together(relations)]
+    ]
+    console.print(table(names, shown))
 
 
 @app.command()
@@ -98,10 +100,9 @@ def make_roles() -> None:
     console.print(f"\nA login of its own for everybody: {example}", highlight=False, markup=False)
 
 
-def _bytes(n: int) -> str:
-    size = float(n)
+def _bytes(n: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
