@@ -7,7 +7,7 @@ are pure: what they need of the database comes through their rows and their `Con
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -71,7 +71,8 @@ class Rate:
 class Context(Protocol):
     """What the filters of one application share."""
 
-    seed: int
+    @property
+    def seed(self) -> int: ...
 
     def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> list[Rate]:
         """Of each row, how often the samples of its problem were right in `runs`.
@@ -99,7 +100,7 @@ class Section(BaseModel):
 class Given(Section):
     """A row of an example: what it is, in as much as the filter looks, and whether it is kept."""
 
-    keep: bool
+    keep: bool | None = Field(default=None, description="Left out where a draw decides.")
     problem: str = "What is 6 times 7?"
     text: str = "We multiply.\n```python\nprint(6 * 7)\n```\n```output\n42\n```\nIt is \\boxed{42}."
     model: str = "model"
@@ -159,6 +160,7 @@ class Example(Section):
 
     about: str = ""
     rows: tuple[Given, ...] = Field(min_length=1)
+    n_kept: int | None = Field(default=None, ge=0, description="How many are kept in all.")
 
 
 class Filter(Section):
@@ -169,7 +171,6 @@ class Filter(Section):
 
     VERSION: ClassVar[str] = "1"
     KIND: ClassVar[str]
-    reads_body: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
 
     name: str = Field(default="", description="What its verdicts are called; its kind if empty.")
@@ -178,6 +179,11 @@ class Filter(Section):
     @property
     def called(self) -> str:
         return self.name or self.KIND
+
+    @property
+    def reads_body(self) -> bool:
+        """Whether it looks at more of a trajectory than its columns."""
+        return False
 
     def located(self, folder: Path) -> Filter:
         """The same, with relative paths taken from `folder`; what it needs is read and checked."""
@@ -219,20 +225,32 @@ def rank(seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def failures(
-    filter: Filter, context_of: Callable[[Example, Sequence[Row]], Context]
-) -> Iterable[str]:
+@dataclass(frozen=True, slots=True)
+class OfExample:
+    """The `Context` of an example: rates are those that its rows give."""
+
+    example: Example
+    seed: int = 0
+
+    def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> list[Rate]:
+        solved = [self.example.rows[row.id - 1].solved or (0, 0) for row in rows]
+        return [Rate(k, n) for k, n in solved]
+
+
+def failures(filter: Filter) -> Iterator[str]:
     """What the filter's own examples expect and do not get; nothing if it does as it says."""
     for number, example in enumerate(filter.examples, start=1):
         rows = [given.row(i) for i, given in enumerate(example.rows, start=1)]
-        sieve = filter.sieve(context_of(example, rows))
+        sieve = filter.sieve(OfExample(example))
         if sieve.surveys:
             sieve.survey(rows)
-        for given, row, decision in zip(example.rows, rows, sieve.decide(rows), strict=True):
-            if (decision.passed is True) != given.keep:
+        decisions = sieve.decide(rows)
+        about = f", {example.about}" if example.about else ""
+        place = f"{filter.called}, example {number}{about}"
+        for given, row, decision in zip(example.rows, rows, decisions, strict=True):
+            if given.keep not in (None, decision.passed is True):
                 wanted = "kept" if given.keep else "dropped"
-                about = f" ({example.about})" if example.about else ""
-                yield (
-                    f"{filter.called}, example {number}{about}, row {row.id}: "
-                    f"expected {wanted}, but {decision.reason}"
-                )
+                yield f"{place}, row {row.id}: it should be {wanted}, but {decision.reason}"
+        n_kept = sum(decision.passed is True for decision in decisions)
+        if example.n_kept not in (None, n_kept):
+            yield f"{place}: {example.n_kept} rows should be kept, {n_kept} are"

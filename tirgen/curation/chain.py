@@ -37,8 +37,10 @@ from shared.store.models import (
 )
 from shared.store.trajectories import copy_in, decode
 from shared.trajectory import Check, clean, content_hash
-from tirgen.curation import filters
+from tirgen.curation import filters, population
 from tirgen.curation.base import PREFIX, Decision, Filter, Row, Sieve
+from tirgen.curation.decontaminate import Decontaminate
+from tirgen.curation.duplicates import NearDuplicates
 from tirgen.curation.rates import Stored
 
 PRESETS = ("paper", "authors-code")
@@ -54,6 +56,12 @@ FILTERS: Mapping[str, type[Filter]] = {
         filters.CodeQuality,
         filters.Repetition,
         filters.Language,
+        population.Difficulty,
+        population.CotSolvable,
+        population.OnePerProblem,
+        population.Balance,
+        NearDuplicates,
+        Decontaminate,
     )
 }
 

@@ -30,7 +30,6 @@ class NearDuplicates(Filter):
     """
 
     KIND: ClassVar[str] = "near_duplicates"
-    reads_body: ClassVar[bool] = True
 
     of: Literal["problem", "response"] = "problem"
     threshold: float = Field(default=0.7, gt=0, le=1)
@@ -38,6 +37,10 @@ class NearDuplicates(Filter):
     same_numbers: float = Field(
         default=1.0, ge=0, le=1, description="Share of numbers that two must have in common."
     )
+
+    @property
+    def reads_body(self) -> bool:
+        return self.of == "response"
 
     def sieve(self, context: Context) -> Sieve:
         return _Seen(self)

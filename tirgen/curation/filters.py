@@ -27,12 +27,15 @@ class Format(Filter):
     """
 
     KIND: ClassVar[str] = "format"
-    reads_body: ClassVar[bool] = True
 
     empty_box: bool = Field(default=False, description="Whether an empty \\boxed{} is allowed.")
     paired_dollars: bool = Field(
         default=False, description="Drop an odd number of $ other than one, as the release does."
     )
+
+    @property
+    def reads_body(self) -> bool:
+        return True
 
     def judge(self, row: Row) -> Decision:
         text = row.body.text
@@ -97,7 +100,6 @@ class CodeQuality(Filter):
     """Library call or control flow, by syntax tree; share of trivial blocks (9.2 no. 18)."""
 
     KIND: ClassVar[str] = "code_quality"
-    reads_body: ClassVar[bool] = True
 
     trivial: code_quality.Rule = Field(
         default="syntax", description="syntax: no library call, no control flow. lines: at most 5."
@@ -108,6 +110,10 @@ class CodeQuality(Filter):
     one_good: bool = Field(
         default=True, description="At least one block must not be trivial, whatever the share."
     )
+
+    @property
+    def reads_body(self) -> bool:
+        return True
 
     def judge(self, row: Row) -> Decision:
         codes = [call.code for call in row.body.calls]
@@ -124,11 +130,14 @@ class Repetition(Filter):
     """No `n`-gram of characters or words occurs more than `most` times (method.md 1.4 no. 9)."""
 
     KIND: ClassVar[str] = "repetition"
-    reads_body: ClassVar[bool] = True
 
     unit: Literal["character", "word"] = "character"
     n: int = Field(default=20, ge=1)
     most: int = Field(default=20, ge=1)
+
+    @property
+    def reads_body(self) -> bool:
+        return True
 
     def judge(self, row: Row) -> Decision:
         text = row.body.text
@@ -147,7 +156,6 @@ class Language(Filter):
     """
 
     KIND: ClassVar[str] = "language"
-    reads_body: ClassVar[bool] = True
 
     scripts: tuple[str, ...] = Field(default=("LATIN", "GREEK"), min_length=1)
     max_share: float = Field(default=0.0, ge=0, le=1)
@@ -155,6 +163,10 @@ class Language(Filter):
         default=True,
         description="False: characters that are in Big5 and not in GB 2312 are foreign, too.",
     )
+
+    @property
+    def reads_body(self) -> bool:
+        return True
 
     def judge(self, row: Row) -> Decision:
         letters = Counter(c for c in prose(row.body.text) if c.isalpha())
