@@ -10,7 +10,14 @@ from sqlalchemy import Index, PrimaryKeyConstraint, Table, UniqueConstraint
 from sqlalchemy.orm import InstrumentedAttribute
 
 from shared.sandbox.result import Outcome, Tier
-from shared.store.models import ProblemRow, RunRow, StepRow, TrajectoryRow, WorkItemRow
+from shared.store.models import (
+    ConsensusRow,
+    ProblemRow,
+    RunRow,
+    StepRow,
+    TrajectoryRow,
+    WorkItemRow,
+)
 from shared.trajectory import Check, End
 
 
@@ -77,6 +84,7 @@ def _by_name(*fields: Field) -> dict[str, Field]:
 
 
 _T, _W, _P, _R, _S = TrajectoryRow, WorkItemRow, ProblemRow, RunRow, StepRow
+_C = ConsensusRow
 
 FIELDS = _by_name(
     Field("id", Kind.INTEGER, _T.id, "the trajectory, as `tirgen show` takes it"),
@@ -121,6 +129,12 @@ FIELDS = _by_name(
     Field("hash", Kind.TEXT, _T.content_hash, "content hash, by which snapshots name it"),
     Field("cleaned", Kind.BOOLEAN, _T.cleaned, "text was altered to fit the database"),
     Field("created_at", Kind.TIME, _T.created_at, "when it was stored: '2026-05-01 12:00'"),
+    Field("consensus_answer", Kind.TEXT, _C.answer, "of most samples of its problem in the run"),
+    Field("consensus_share", Kind.NUMBER, _C.share, "share of them that give the commonest answer"),
+    Field(
+        "consensus_disagrees", Kind.BOOLEAN, _C.disagrees,
+        "consensus_answer is not the reference; None before `tirgen consensus`, or undecided",
+    ),
 )  # fmt: skip
 
 # Inside any_step(), all_steps() and count_steps(). None where a step has no call.
