@@ -34,7 +34,7 @@ NOT_IDENTITY = frozenset(
         "base_url", "api_key_env", "concurrency", "timeout", "connect_timeout", "deadline",
         "max_retries",
     )
-) | {"tool.minimum_tier", "in_flight"}  # fmt: skip
+) | {"tool.minimum_tier", "tool.sandbox_url", "in_flight"}  # fmt: skip
 
 
 Mark = Annotated[str, Field(min_length=1)]
@@ -113,7 +113,10 @@ class Budgets(Section):
     """Per trajectory, each by itself (9.1 no. 2)."""
 
     calls: int = Field(
-        default=5, ge=1, description="Executed tool calls that stand in the trajectory."
+        default=5,
+        ge=0,
+        description="Executed tool calls that stand in the trajectory. 0: the reasoner alone, to "
+        "measure what it solves without the tool; nothing of that is ever vetted.",
     )
     steps: int = Field(default=64, ge=1)
     tokens: int = Field(default=4096, ge=16, description="Length of the response, policy's tokens.")
@@ -132,6 +135,18 @@ class Tool(Section):
     timeout: float = Field(default=10.0, gt=0, le=600, description="CPU seconds per call.")
     observation: Style = "paper"
     minimum_tier: Tier = Tier.B
+    sandbox_url: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Run code at a server of SandboxFusion's /run_code, not on the worker's host.",
+    )
+
+    @field_validator("minimum_tier")
+    @classmethod
+    def _is_a_wall(cls, tier: Tier) -> Tier:
+        if tier is Tier.REMOTE:
+            raise ValueError("'remote' says nothing about a wall; set sandbox_url, and A to D here")
+        return tier
 
 
 class VerifierConfig(Section):

@@ -24,7 +24,7 @@ from shared.endpoints import UsageMeter
 from shared.errors import SandboxError
 from shared.fences import Kind, action, observation, parse, prose
 from shared.grading.extract import last_boxed
-from shared.sandbox import Sandbox
+from shared.sandbox.backend import Backend
 from shared.sandbox.observation import observe
 from shared.trajectory import End, Outcome, Problem, Step, ToolCall, Trajectory, Verdict
 from tirgen import seeds
@@ -60,7 +60,7 @@ class Agents:
     config: RunConfig
     reasoner: Reasoner
     extractor: CodeExtractor
-    sandbox: Sandbox
+    sandbox: Backend
     verifier: Verifier
 
 

@@ -73,9 +73,14 @@ class Stack:
         """Is this the address of this home's nano, up or not?"""
         return self._nano().get("url") == url
 
+    @property
+    def has_workers(self) -> bool:
+        """False where they run elsewhere."""
+        return self.environ.get("TIRGEN_WORKERS") != "0"
+
     def start_worker(self) -> int | None:
         """The pid of the detached Celery worker; None where workers run elsewhere."""
-        if self.environ.get("TIRGEN_WORKERS") == "0":
+        if not self.has_workers:
             return None
         with self._lock():
             pid = self._worker()

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from shared.endpoints import Endpoint, EndpointConfig, UsageMeter
 from shared.errors import EndpointError, SandboxError
 from shared.grading import Grader
-from shared.sandbox import Sandbox
+from shared.sandbox.backend import backend
 from shared.store.database import Database
 from shared.store.trajectories import Completed, RoleUsage
 from shared.work import celery_app
@@ -50,7 +50,7 @@ async def generator(run: RunInfo) -> AsyncIterator[Handler]:
             for address in endpoints(config)
         }
         tier = config.tool.minimum_tier
-        sandbox = await stack.enter_async_context(Sandbox(minimum_tier=tier))
+        sandbox = await stack.enter_async_context(backend(config.tool.sandbox_url, tier))
         grader = await stack.enter_async_context(Grader(zygotes=1, minimum_tier=tier))
         judge = None
         if config.judge is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol, Self
 
+from shared.sandbox.pool import Sandbox
+from shared.sandbox.remote import RemoteSandbox
 from shared.sandbox.result import RunResult, Tier
 
 
@@ -38,3 +40,10 @@ class Backend(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+
+def backend(url: str | None, minimum_tier: Tier) -> Backend:
+    """This host's sandbox, or the server at `url`; still to be opened."""
+    if url is not None:
+        return RemoteSandbox(url, minimum_tier=minimum_tier)
+    return Sandbox(minimum_tier=minimum_tier)

@@ -48,6 +48,7 @@ OTHER: dict[str, Any] = {
     "correction.strategy": "none",
     "tool.observation": "plain",
     "tool.minimum_tier": "C",
+    "tool.sandbox_url": "http://127.0.0.1:2",
     "verifier.required": ["executed"],
     "verifier.trivial": "lines",
 }
@@ -170,6 +171,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(setting: str, key: str, hint
         ("reasoner.temperature=nan", "reasoner.temperature"),
         ("tool.timeout=inf", "tool.timeout"),
         ("tool.minimum_tier='Z'", "tool.minimum_tier"),
+        ("tool.minimum_tier='remote'", "tool.minimum_tier"),
         ("extractor.chat_template_kwargs.x=nan", "extractor.chat_template_kwargs.x"),
         ("reasoner.cut_at=['']", "reasoner.cut_at.0"),
         ("verifier.required=['format']", "verifier.required"),

@@ -13,7 +13,7 @@ import pytest
 from tenacity import wait_none
 
 from shared.errors import ConfigError, SandboxError
-from shared.sandbox import Outcome, RunResult, Sandbox, Tier, remote
+from shared.sandbox import Limits, Outcome, RunResult, Sandbox, Tier, remote
 from shared.sandbox.fusion import ReplyError, reply_body, result_of
 from shared.sandbox.remote import RemoteSandbox
 from tests.fake_endpoint import FakeEndpoint, Reply, ok
@@ -216,9 +216,17 @@ def test_a_server_that_hangs_costs_only_the_patience() -> None:
 
     drip = (b" " for _ in range(100_000))
     answers = (lambda _: Reply(stall=True), quiet, lambda _: Reply(chunks=drip, pause=0.05))
+
+    class Short(Limits):
+        def wall(self, timeout: float) -> float:
+            return timeout
+
     for answer in answers:
-        with fusion(answer) as server, RemoteSandbox(url_of(server), patience=-2.5) as sandbox:
-            result = sandbox.run("print(1)", timeout=0.2)  # the wall is 2.6 s
+        with (
+            fusion(answer) as server,
+            RemoteSandbox(url_of(server), limits=Short(), patience=0.0) as sandbox,
+        ):
+            result = sandbox.run("print(1)", timeout=0.1)
         assert result.outcome is Outcome.INFRASTRUCTURE_ERROR
         assert "did not answer within" in result.stderr
     silent.set()

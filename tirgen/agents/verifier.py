@@ -16,7 +16,7 @@ from shared.fences import Block, Kind, parse, prose
 from shared.grading import Grader, Value
 from shared.grading.grader import VERSION as GRADER_VERSION
 from shared.prompts import Profile, render
-from shared.sandbox import Sandbox
+from shared.sandbox.backend import Backend
 from shared.sandbox.observation import observe
 from shared.trajectory import Check, End, Outcome, Problem, Trajectory, Verdict
 from tirgen import code_quality, seeds
@@ -54,7 +54,7 @@ class Judge:
 @dataclass(frozen=True)
 class Verifier:
     config: RunConfig
-    sandbox: Sandbox
+    sandbox: Backend
     grader: Grader
     judge: Judge | None = None
 

@@ -19,6 +19,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from shared.errors import ConfigError
+from shared.sandbox.backend import backend
+from shared.sandbox.diagnose import probe
 from shared.store.models import ItemState, RunState
 from shared.store.queries import Funnel, usage
 from shared.work import items
@@ -26,8 +29,8 @@ from tirgen import runs
 from tirgen.cli.common import console, open_database
 from tirgen.cli.read import stats
 from tirgen.client import Client
-from tirgen.config import PRESETS, override
-from tirgen.problems import load_problems
+from tirgen.config import PRESETS, RunConfig, override
+from tirgen.problems import field_map, load_problems
 
 COLUMNS = (
     SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
@@ -51,18 +54,37 @@ Name = Annotated[str, typer.Argument(help="The run's name, see `tirgen runs`.")]
 
 def generate(
     files: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="Problem files (jsonl, csv, parquet), a dataset's name, or `nano`."),
-    ],
+    ] = None,
     run: Annotated[str | None, typer.Option(help="Name of the run; made up if not given.")] = None,
     run_prefix: Annotated[str, typer.Option(hidden=True)] = "run",
     samples: Annotated[int, typer.Option(min=1, help="Trajectories per problem.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N problems.")] = None,
+    map: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="Columns: problem=question,answer=final; boxed:solution too."),
+    ] = None,
+    from_snapshot: Annotated[
+        str | None, typer.Option(help="The problems of this snapshot.")
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(help="The problems of trajectories, as `tirgen query` finds them.")
+    ] = None,
+    unsolved_by: Annotated[
+        str | None, typer.Option(help="Only problems that this run could not solve.")
+    ] = None,
+    max_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="--unsolved-by: pass rate up to which, included.")
+    ] = 0.0,
     preset: Preset = "nano",
     config: ConfigFile = None,
     settings: Settings = None,
     base_url: BaseUrl = None,
     model: Model = None,
+    no_tool: Annotated[
+        bool, typer.Option("--no-tool", help="The reasoner alone: measures what it solves so.")
+    ] = False,
     slots: Annotated[int, typer.Option(min=1, help="Worker processes at once.")] = 1,
     detach: Detach = False,
     show_config: Annotated[
@@ -74,8 +96,12 @@ def generate(
     With nothing configured this starts its own PostgreSQL, worker and small model, and leaves them
     up (`tirgen down` stops them). Ctrl-C stops the run; `tirgen resume` goes on with it.
     """
-    sources = [load_problems(source, limit) for source in files]
-    problems = [problem for source in sources for problem in source][:limit]
+    if not (files or from_snapshot or where is not None or unsolved_by):
+        remedy = "name a file, a dataset, `nano`, --from-snapshot, --where or --unsolved-by"
+        raise ConfigError("there are no problems to generate from", remedy=remedy)
+    fields = field_map(map or ())
+    sources = [load_problems(source, limit, fields) for source in files or ()]
+    problems = [problem for source in sources for problem in source]
     for source in sources:
         if source.n_duplicates or source.n_unanswered:
             console.print(
@@ -85,12 +111,17 @@ def generate(
                 markup=False,
             )
     client = Client()
-    chosen = client.configure(preset, config, settings or (), base_url, model)
+    chosen = client.configure(preset, config, settings or (), base_url, model, tool=not no_tool)
     if show_config:
         typer.echo(chosen.model_dump_json(indent=2))
         return
+    if from_snapshot or where is not None or unsolved_by:
+        problems = client.problems(
+            among=problems, snapshot=from_snapshot, where=where,
+            unsolved_by=unsolved_by, max_rate=max_rate,
+        )  # fmt: skip
     name = run or f"{run_prefix}-{datetime.now():%m%d-%H%M%S}"
-    client.generate(problems, config=chosen, run=name, samples=samples, slots=slots)
+    client.generate(problems, config=chosen, run=name, samples=samples, limit=limit, slots=slots)
     _watch(client, name, detach)
 
 
@@ -136,12 +167,26 @@ def _again(client: Client, name: str, detach: bool, *, failed: bool) -> None:
     if any(client.stack.is_nano(address.base_url) for address in runs.endpoints(chosen)):
         chosen = override(chosen, base_url=client.stack.start_nano())  # its port may be another
         runs.reconfigure(client.db, name, chosen)
+    _announce_sandbox(client, chosen)
     runs.preflight(client.db, chosen)
     n = (items.retry if failed else items.reopen)(client.db, run.id)
     if n:
         console.print(f"{n} {again} items queued again.")
     client.work()
     _watch(client, name, detach)
+
+
+def _announce_sandbox(client: Client, config: RunConfig) -> None:
+    """Where and behind which wall code will run. Raises SandboxError where it cannot run at all."""
+    tool = config.tool
+    if not client.stack.has_workers:
+        where = f"at {tool.sandbox_url}" if tool.sandbox_url else "on the workers' hosts"
+    elif tool.sandbox_url is not None:
+        with backend(tool.sandbox_url, tool.minimum_tier) as remote:
+            where = f"tier {remote.tier}, at {tool.sandbox_url}"
+    else:
+        where = f"tier {probe(tool.minimum_tier)}"
+    console.print(f"sandbox: {where} (minimum {tool.minimum_tier})", highlight=False, markup=False)
 
 
 def _watch(client: Client, name: str, detach: bool) -> None:

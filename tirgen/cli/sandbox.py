@@ -11,8 +11,8 @@ import typer
 
 from shared.errors import InputError
 from shared.sandbox import Outcome, Sandbox, Tier
-from shared.sandbox.backend import Backend
-from shared.sandbox.remote import TOKEN, RemoteSandbox
+from shared.sandbox.backend import backend
+from shared.sandbox.remote import TOKEN
 from tirgen.cli.common import Format, console
 from tirgen.cli.render import json_text, visible
 from tirgen.optional import require
@@ -101,10 +101,3 @@ def check(url: Url = None, minimum_tier: Minimum = Tier.B) -> None:
     console.print(f"{n - len(failures)} of {n} claims hold at tier {tier}.")
     if failures:
         raise typer.Exit(1)
-
-
-def backend(url: str | None, minimum_tier: Tier) -> Backend:
-    """This host's sandbox, or the one at `url`; still to be opened."""
-    if url is not None:
-        return RemoteSandbox(url, minimum_tier=minimum_tier)
-    return Sandbox(minimum_tier=minimum_tier)

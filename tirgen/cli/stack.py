@@ -8,18 +8,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import takewhile
+from textwrap import indent
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from shared.endpoints import Endpoint, EndpointConfig
-from shared.errors import TirgenError
+from shared.errors import SandboxError, TirgenError
 from shared.sandbox import Sandbox
+from shared.sandbox.diagnose import NEEDS, diagnose
 from shared.store import migrate
 from shared.store.database import Database, resolve_url
 from shared.work.celery_app import check_broker, make_app, prepare_broker
 from tirgen.cli.common import Format, console, open_database
+from tirgen.config import Tool
 from tirgen.stack import Stack
 from tirgen.worker import serve
 
@@ -76,7 +80,9 @@ def doctor() -> None:
     failed = False
     for name, check in checks:
         try:
-            console.print(f"[green]ok  [/] {name:9} {check()}", highlight=False)
+            said = check()
+            console.print(f"[green]ok  [/] {name:9} ", end="")
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
         except TirgenError as error:
             failed = True
             console.print(f"[red]fail[/] {name:9} ", end="")
@@ -117,9 +123,27 @@ def _policy() -> str:
 
 
 def _sandbox() -> str:
-    with Sandbox() as sandbox:
+    """The tier that holds, and for each one above it why it does not and what would change that."""
+    minimum = Tool().minimum_tier
+    findings = diagnose()
+    missing = list(takewhile(lambda finding: not finding.holds, findings))
+    explained = [
+        f"tier {f.tier} ({NEEDS[f.tier]}) does not hold: {f.reason}\n"
+        + "\n".join(f"  to do: {remedy}" for remedy in f.remedies)
+        for f in missing
+    ]
+    if len(missing) == len(findings) or findings[len(missing)].tier > minimum:
+        raise SandboxError(
+            f"No tier of {minimum} (the default of tool.minimum_tier) or stronger holds here:\n"
+            + "\n".join(explained)
+        )
+    with Sandbox(minimum_tier=minimum) as sandbox:
         result = sandbox.run("print(6 * 7)")
-        return f"tier {result.tier}, a run took {result.duration * 1000:.0f} ms"
+    summary = (
+        f"tier {result.tier} ({NEEDS[result.tier]}), minimum {minimum}, "
+        f"a run took {result.duration * 1000:.0f} ms"
+    )
+    return indent("\n".join([summary, *explained]), " " * 15).lstrip()
 
 
 def _gpu() -> str:
