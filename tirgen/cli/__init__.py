@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from shared.errors import TirgenError
-from tirgen.cli import db, generate, read, runs, sandbox, snapshot, stack, verify
+from tirgen.cli import curate, db, generate, read, runs, sandbox, snapshot, stack, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,13 +24,14 @@ app = typer.Typer(
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Generate": [generate.generate, generate.resume, generate.retry, generate.cancel],
     "Look": [read.query, read.show, read.stats],
-    "Curate": [verify.verify, verify.consensus],
+    "Curate": [curate.curate, verify.verify, verify.consensus],
     "The stack": [stack.up, stack.down, stack.status, stack.doctor, stack.worker],
 }
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
 app.add_typer(runs.app, name="runs", rich_help_panel="Look")
+app.add_typer(curate.filters_app, name="filters", rich_help_panel="Curate")
 app.add_typer(snapshot.app, name="snapshot", rich_help_panel="Curate")
 app.add_typer(db.app, name="db", rich_help_panel="The stack")
 app.add_typer(sandbox.app, name="sandbox", rich_help_panel="The stack")

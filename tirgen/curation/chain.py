@@ -117,8 +117,9 @@ def load(source: str | Path) -> Chain:
     except (OSError, UnicodeDecodeError) as error:
         near = difflib.get_close_matches(str(source), PRESETS, n=1)
         presets = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(PRESETS)}"
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"the filters cannot be read: {error}", where=str(source), remedy=presets
+            f"the filters cannot be read: {why}", where=str(source), remedy=presets
         ) from error
     return parse(text, path.stem, str(source), path.parent)
 
