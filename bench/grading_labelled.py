@@ -28,7 +28,7 @@ def main() -> None:
     pairs = counted()
     found = asyncio.run(judge(pairs))
     ours = score(pairs, [grade.value is Value.EQUAL for grade in found])
-    theirs = score(pairs, math_verify_accepts(pairs))
+    theirs = score(pairs, math_verify_accepts(pairs, 20.0))
     for name in sorted(ours):
         for metric in ("accuracy", "false_positives", "false_negatives"):
             mine, peer = getattr(ours[name], metric), getattr(theirs[name], metric)

@@ -18,8 +18,7 @@ from shared.sandbox import Sandbox
 
 PAIRS = Path(__file__).with_name("grading_pairs.txt")
 LABELS = {"=": True, "!": False, "?": None}
-BATCH = 15  # pairs per run in the jail
-TIMEOUT = 10.0  # CPU seconds for each run
+BATCH = 10  # pairs per run in the jail
 
 _PEER = """
 import json, sys
@@ -91,8 +90,10 @@ def score(pairs: Iterable[Pair], accepted: Iterable[bool]) -> dict[str, Score]:
     return {name: Score(*of) for name, of in counts.items()}
 
 
-def math_verify_accepts(pairs: Sequence[Pair]) -> list[bool]:
+def math_verify_accepts(pairs: Sequence[Pair], timeout: float) -> list[bool]:
     """Math-Verify with its defaults. What hangs is killed and counts as not accepted.
+
+    `timeout`: CPU seconds for each BATCH; ten pairs take less than one.
 
     It is given LaTeX as its documentation asks for it: between dollar signs, where the text has
     neither these nor a box.
@@ -101,7 +102,9 @@ def math_verify_accepts(pairs: Sequence[Pair]) -> list[bool]:
 
     async def every() -> list[list[bool]]:
         async with Sandbox(preload=("sympy", "math_verify")) as sandbox:
-            return list(await asyncio.gather(*(_peer(sandbox, batch) for batch in batches)))
+            return list(
+                await asyncio.gather(*(_peer(sandbox, batch, timeout) for batch in batches))
+            )
 
     return [said for batch in asyncio.run(every()) for said in batch]
 
@@ -111,11 +114,11 @@ async def grades(grader: Grader, pairs: Sequence[Pair]) -> list[Grade]:
     return list(await asyncio.gather(*(grader.agrade(p.answer, p.reference) for p in pairs)))
 
 
-async def _peer(sandbox: Sandbox, pairs: Sequence[Pair]) -> list[bool]:
+async def _peer(sandbox: Sandbox, pairs: Sequence[Pair], timeout: float) -> list[bool]:
     said: list[bool] = []
     while len(said) < len(pairs):
         rest = [[_wrapped(p.answer), _wrapped(p.reference)] for p in pairs[len(said) :]]
-        result = await sandbox.arun(_PEER.format(pairs=json.dumps(rest)), timeout=TIMEOUT)
+        result = await sandbox.arun(_PEER.format(pairs=json.dumps(rest)), timeout=timeout)
         lines = [line for line in result.stdout.splitlines() if line in ("true", "false")]
         said += [line == "true" for line in lines]
         if len(lines) < len(rest):

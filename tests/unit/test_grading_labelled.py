@@ -14,7 +14,7 @@ import pytest
 from shared.grading import Grade, Grader, Value
 from tests.labelled import Pair, counted, grades, load, math_verify_accepts, score
 
-EVERY = 4  # Math-Verify is slow: it sees every fourth pair here, all of them in bench/
+EVERY = 5  # Math-Verify is slow: it sees every fifth pair here, all of them in bench/
 CATEGORIES = """integer decimal fraction mixed_number percent currency unit degree
 thousands_separator scientific_notation text multiple_choice ratio base set list tuple interval
 union inequality matrix assignment equation_of_a_curve surd trigonometry logarithm exponential
@@ -72,7 +72,7 @@ def test_it_is_better_than_math_verify_alone_both_in_accuracy_and_in_false_posit
     sample = judged[::EVERY]
     pairs = [pair for pair, _ in sample]
     ours = score(pairs, [grade.value is Value.EQUAL for _, grade in sample])["all"]
-    theirs = score(pairs, math_verify_accepts(pairs))["all"]
+    theirs = score(pairs, math_verify_accepts(pairs, 3.0))["all"]
     assert theirs.accuracy > 0.8, "the peer is set up as it should be"
     assert ours.accuracy > theirs.accuracy
     assert ours.false_positives < theirs.false_positives
