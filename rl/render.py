@@ -15,9 +15,10 @@ Two formats. `paper` (method.md 2): one assistant turn with code and outputs as 
 `tool_call`: OpenAI's messages, every action a tool call that ends its turn, every observation a
 message of role `tool`.
 
-A template that would show the same conversation differently once it goes on (thoughts taken out of
-earlier turns, text trimmed or dropped) contradicts the first point. `Renderer` finds out before any
-work starts: it renders a short conversation part by part and as a whole, and compares.
+In the second, the template shows every turn, and one that shows the same conversation differently
+once it goes on (thoughts taken out of earlier turns, text trimmed or dropped) contradicts the first
+point. `Renderer` finds out before any work starts: it renders a short conversation part by part and
+as a whole, and compares.
 """
 
 from __future__ import annotations
@@ -269,7 +270,9 @@ class Renderer:
 
     def _around(self, text: str, content: str) -> tuple[int, ...]:
         """Ids of a rendered text with `content` in its slot; none of it becomes a special token."""
-        before, _, after = text.partition(_SLOT)
+        before, slot, after = text.partition(_SLOT)
+        if not slot:
+            raise self._refused("It drops or alters what a message says.")
         return (*self._encode(before), *self._encode(content, plain=True), *self._encode(after))
 
     # ---- the check at start -----------------------------------------------------------------
@@ -281,7 +284,9 @@ class Renderer:
         """
         whole = self._template([_user(_ASKED), {"role": "assistant", "content": _SAID}])
         ids = self._encode(whole.rpartition(_SAID)[2])
-        if _SAID not in whole or not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
+        if _SAID not in whole:
+            raise self._refused("It drops or alters what a message says.")
+        if not ids or ids[0] not in self.tokenizer.added_tokens_decoder:
             raise self._refused("It ends an answer by no special token, so a turn has no end.")
         return ids[0]
 
@@ -292,17 +297,17 @@ class Renderer:
         prompt = self._around(self._header(_SLOT), _ASKED)
         response = [i for part in self._response(runs, ended=True) for i in part.ids]
         parts = self._decode([*prompt, *response])
-        if self.style is Format.PAPER:
-            opening = OPENING if self.thinking else ""
-            content = opening + "".join(map(_as_text, runs))
-            messages = [_user(_ASKED), {"role": "assistant", "content": content}]
+        if self.style is Format.PAPER:  # one turn, which the template never shows again
+            whole = self._header(_ASKED) + self._opening + "".join(map(_as_text, runs))
+            whole += self._eos_text
         else:
             messages = [_user(_ASKED)]
             for run in runs:
                 messages.append(self._message(run))
                 if run.output is not None:
                     messages.append({"role": "tool", "content": run.output})
-        self._after(parts, self._template(messages))
+            whole = self._template(messages)
+        self._after(parts, whole)
         lost = [t for run in _PROBE for t in (run.thought, run.code or "") if t not in parts]
         if lost:
             raise self._refused(f"It drops what is said beside or in a tool call ({lost[0]!r}).")
