@@ -13,7 +13,6 @@ import io
 import json
 import linecache
 import os
-import random
 import socket
 import sys
 import threading
@@ -23,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.sandbox import cells, confine
+from shared.sandbox import cells, confine, fixed
 from shared.sandbox.result import Tier
 
 if TYPE_CHECKING:
@@ -35,25 +34,27 @@ STARTED = b"R"  # first byte of the facts: the confinement holds, what follows i
 _MAX_FACTS = 48 << 10
 
 
-def main(jail: Jail, request: Mapping[str, Any], directory: Path, fds: Sequence[int]) -> NoReturn:
+def main(
+    jail: Jail, request: Mapping[str, Any], directory: Path | None, fds: Sequence[int]
+) -> NoReturn:
     """`fds`: code (or a session's socket), stdout, stderr, facts. Never returns, whatever happens:
     the caller's stack is the zygote's. An error before the model's code starts is told in place of
     STARTED."""
     facts = fds[3]
     try:
-        confine.die_with_parent()
+        confine.die_with_parent(jail.zygote)
         session = bool(request.get("session"))
         source = b"" if session else read_all(fds[0])
         null = os.open("/dev/null", os.O_RDWR)
         arrange_descriptors(null, *fds[1:], *(fds[:1] if session else ()))
         facts = FACTS
         _open_streams()
-        listener = jail.enter(directory, request["cpu"], forks=session)
-        _seed(request["seed"])
+        jail.enter(directory, request["cpu"], session=session)
+        fixed.seed(request["seed"])
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
         if session:
-            cells.serve(module, listener)
+            cells.serve(jail, module)
         os.write(facts, STARTED)
     except BaseException as error:  # noqa: BLE001  last resort of a process that must not go on
         os.write(facts, f"E{type(error).__name__}: {error}".encode())
@@ -73,12 +74,17 @@ def _execute(module: types.ModuleType, source: bytes) -> NoReturn:
         os._exit(status)
 
 
-def run_source(module: types.ModuleType, source: bytes, facts: int) -> int:
-    """Exit status of the program: 0, 1 for an uncaught exception, or what it asked for."""
+def run_source(
+    module: types.ModuleType, source: bytes, facts: int, then: Callable[[], None] | None = None
+) -> int:
+    """Exit status of the program, with `then` at its end: 0, 1 for an uncaught exception, or what
+    it asked for."""
     try:
         text = source.decode("utf-8", "surrogatepass")
         linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)
         exec(compile(text, NAME, "exec", dont_inherit=True), module.__dict__)  # noqa: S102
+        if then is not None:
+            then()
     except SystemExit as error:
         if error.code is None or error.code == 0:
             return 0
@@ -153,15 +159,6 @@ def _open_streams() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _seed(seed: int) -> None:
-    """`random` reseeds itself after a fork and numpy does not: both get the run's own seed."""
-    random.seed(seed)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed % (1 << 32))
-    if (sympy := sys.modules.get("sympy.core.random")) is not None:
-        sympy.seed(seed)
-
-
 # ---- the self-check of a tier -------------------------------------------------------------------
 
 FORBIDDEN = {
@@ -169,17 +166,19 @@ FORBIDDEN = {
     11: "a process could be made",
     12: "a program could be started",
     13: "/etc could be listed",
-    14: "a file could be made outside of the run's directory",
+    14: "a file could be made outside of the run's own directory",
     15: "another process could be signalled",
     16: "the run's own directory is not writable",
     17: "the confinement could not be applied",
+    18: "a session could make a file",
 }
 
 
-def try_forbidden(jail: Jail, directory: Path) -> int:
+def try_forbidden(jail: Jail, directory: Path | None, *, session: bool) -> int:
     """Confine this process, then try to break out. Returns 0 or a key of FORBIDDEN."""
+    inside = directory if not session else None
     try:
-        jail.enter(directory, 10, forks=False)
+        jail.enter(inside, 10, session=session)
     except OSError as error:
         os.write(2, f"{error}\n".encode())
         return 17
@@ -187,21 +186,28 @@ def try_forbidden(jail: Jail, directory: Path) -> int:
         (10, lambda: socket.socket(socket.AF_INET)),
         (11, os.fork),
         (12, lambda: os.execv("/bin/true", ["true"])),
+        (14, lambda: _create(Path("/tmp/outside"))),
         (15, lambda: os.kill(os.getppid(), 0)),
     ]
     if jail.tier is not Tier.C:
-        attempts += [
-            (13, lambda: os.listdir("/etc")),  # noqa: PTH208
-            (14, lambda: os.close(os.open(jail.scratch / "outside", os.O_CREAT | os.O_WRONLY))),
-        ]
+        attempts += [(13, lambda: os.listdir("/etc"))]  # noqa: PTH208
+    if directory is not None:
+        attempts += [(14, lambda: _create(directory.parent / "outside"))]
+        if session:
+            attempts += [(18, lambda: _create(directory / "inside"))]
     for number, attempt in attempts:
         try:
             attempt()
         except OSError:
             continue
         return number
-    try:
-        os.close(os.open("inside", os.O_CREAT | os.O_WRONLY))
-    except OSError:
-        return 16
+    if inside is not None:
+        try:
+            _create(Path("inside"))
+        except OSError:
+            return 16
     return 0
+
+
+def _create(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY))

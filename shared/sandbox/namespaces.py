@@ -43,7 +43,7 @@ def enter(paths: Sequence[str], scratch: str, size: int, files: int) -> None:
         libc.syscall(436, 0, 0xFFFFFFFF, 0)  # close_range: hold nothing that another waits for
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-    die_with_parent()
+    die_with_parent(0)  # which has no number in here
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     check(libc.sethostname(b"sandbox", 7), "sethostname")

@@ -44,7 +44,11 @@ class CodeError:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """One finished run. Times in seconds, memory and cut output in bytes."""
+    """One finished run. Times in seconds, memory and cut output in bytes.
+
+    `replayed`: a session's earlier cells had to be run again before this one, because the processes
+    that held its state were lost.
+    """
 
     outcome: Outcome
     stdout: str
@@ -55,6 +59,7 @@ class RunResult:
     cpu_time: float
     peak_memory: int
     bytes_cut: int
+    replayed: bool = False
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> RunResult:

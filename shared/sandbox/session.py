@@ -5,46 +5,106 @@
         cells.run("x += 1; print(x)")
         cells.rollback(1)               # x is 1 again
 
-Each state is a process forked from the one before (shared/sandbox/cells.py). A cell that fails,
-times out or is cancelled leaves the state as it was. `random` and numpy draw on from cell to cell
-and are rolled back with everything else in memory. Threads do not outlive their cell, and files in
-the session's directory are not rolled back.
+Contract: a session is the list of its successful cells. The processes that hold the states between
+them (shared/sandbox/cells.py) are a cache of that: the youngest `Limits.states` are kept, within
+`Limits.states_memory`. What is not there, because it was dropped for room or because its zygote was
+lost, is made again from the recorded cells with the same seed, and the result then says `replayed`.
+A replay that does not print what was printed before is an infrastructure error.
+
+A cell that fails, times out or is cancelled leaves the state as it was. `random`, numpy and every
+other source of chance draw on from cell to cell, and are rolled back with everything else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
+import dataclasses
+import hashlib
 import os
 import socket
-import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shared.errors import SandboxError
-from shared.sandbox.packets import Packet, as_memfd, receive, send
+from shared.sandbox.packets import as_memfd, receive, send
 from shared.sandbox.result import CodeError, Outcome, RunResult
-from shared.sandbox.watch import Cancel, End, LostError, Process, Watch
+from shared.sandbox.watch import BrokenError, Cancel, GoneError, LostError, Watch
 
 if TYPE_CHECKING:
-    from shared.sandbox.pool import Sandbox, Zygote
+    from shared.sandbox.launcher import Zygote
+    from shared.sandbox.pool import Sandbox
 
-_PATIENCE = 20.0  # seconds in which a state answers when it must
-_LIFE = 24 * 3600  # RLIMIT_CPU of any one state; the cells' own timeouts are kept from outside
-_NOTIF_RECV, _NOTIF_SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1  # SECCOMP_IOCTL_*, resp flag
+_PATIENCE = 20.0  # seconds in which a zygote opens a session or has ended one
+_SUCCESS = (Outcome.OK, Outcome.NO_OUTPUT)
 
 
-class _State:
-    """A process that holds one state, and the socket on which it takes the next cell."""
+@dataclass
+class _Cell:
+    """A successful cell; `state` is the number of the process that it became, while there is one,
+    and `held` how many bytes that holds beyond the state before."""
 
-    def __init__(self, sock: socket.socket, process: Process) -> None:
-        self.sock, self.process = sock, process
+    code: str
+    timeout: float
+    printed: str
+    state: int | None = None
+    held: int = 0
+
+
+class _Host:
+    """A session's processes, on one zygote. State 0 is the empty one."""
+
+    def __init__(self, sandbox: Sandbox, seed: int) -> None:
+        """Raises LostError."""
+        with sandbox.a_zygote() as zygote:
+            self.zygote: Zygote = zygote
+            self._sandbox = sandbox
+            self.channel = zygote.request({"session": True, "seed": seed}, [])
+            with sandbox.changed:
+                zygote.sessions += 1
+            try:
+                self.channel.settimeout(_PATIENCE)
+                answer = receive(self.channel)
+                if not answer.body or "open" not in (body := answer.json()):
+                    raise LostError(body["failed"] if answer.body else "the zygote died")
+            except (TimeoutError, LostError) as error:
+                self.close()
+                raise LostError(str(error)) from error
+        self._last = 0
+
+    def next_number(self) -> int:
+        self._last += 1
+        return self._last
+
+    def ask(self, body: dict[str, object], code: str, watch: Watch) -> socket.socket:
+        """Ask for a cell; returns the socket on which its answers arrive. Raises LostError."""
+        source = as_memfd(code)
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            send(self.channel, body, [source, *watch.descriptors, there.fileno()])
+        except OSError as error:
+            here.close()
+            raise LostError(f"the zygote is gone: {error}") from error
+        finally:
+            there.close()
+            os.close(source)
+        return here
+
+    def drop(self, states: list[int]) -> None:
+        if states:
+            with contextlib.suppress(OSError):  # gone with all of its states
+                send(self.channel, {"drop": states})
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.close()
-        self.sock.close()
+        """Returns when the zygote has reaped every state, or is gone itself."""
+        with contextlib.suppress(OSError):
+            self.channel.shutdown(socket.SHUT_WR)
+            while receive(self.channel).body:
+                pass
+        self.channel.close()
+        with self._sandbox.changed:
+            self.zygote.sessions -= 1
+        self._sandbox.retire(self.zygote)
 
 
 class Session:
@@ -52,60 +112,25 @@ class Session:
 
     def __init__(self, sandbox: Sandbox, seed: int) -> None:
         self._sandbox, self._seed = sandbox, seed
-        self._states: list[_State] = []
-        self._zygote: Zygote | None = None
-        self._status: socket.socket | None = None
-        self._listener = -1
+        self._cells: list[_Cell] = []
+        self._host: _Host | None = None
+        self._open = False
 
     # ---- life ------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Fork state 0. Raises SandboxError if the sandbox is not open or fails."""
-        with Cancel() as cancel:
-            zygote = self._sandbox.acquire(cancel)
-        zygote.sessions += 1
-        self._zygote = zygote
-        try:
-            self._open_on(zygote)
-        except (LostError, OSError, ValueError) as error:
-            self.close()
-            raise SandboxError(f"A session could not be started: {error}") from error
-        finally:
-            self._sandbox.release(zygote)
-
-    def _open_on(self, zygote: Zygote) -> None:
-        here, there = _pair()
-        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
-        with there:
-            body: dict[str, object] = {"seed": self._seed, "cpu": _LIFE, "session": True}
-            self._status = zygote.request(body, [there.fileno(), null, null, null])
-        os.close(null)
-        self._status.settimeout(_PATIENCE)
-        started = receive(self._status)
-        if not started.fds:
-            raise LostError(started.body.decode() or "the zygote died")
-        self._states.append(_State(here, Process.from_pidfd(started.fds[0])))
-        here.settimeout(_PATIENCE)
-        hello = receive(here)
-        if hello.fds:
-            self._listener = hello.fds[0]
+        with Cancel() as cancel, self._sandbox.admitted(cancel):
+            try:
+                self._host = _Host(self._sandbox, self._seed)
+            except LostError as error:
+                raise SandboxError(f"A session could not be started: {error}") from error
+        self._open = True
 
     def close(self) -> None:
         """End every state."""
-        for state in reversed(self._states):
-            state.close()
-        self._states.clear()
-        if self._listener >= 0:
-            os.close(self._listener)
-            self._listener = -1
-        if self._status is not None:
-            with contextlib.suppress(OSError):
-                receive(self._status)  # the zygote has reaped them
-            self._status.close()
-            self._status = None
-        if self._zygote is not None:
-            self._zygote.sessions -= 1
-            self._zygote = None
+        self._open = False
+        self._lose()
 
     def __enter__(self) -> Session:
         self.open()
@@ -124,10 +149,8 @@ class Session:
     # ---- cells -----------------------------------------------------------------------------------
 
     def run(self, code: str, *, timeout: float = 10.0) -> RunResult:
-        """Run one cell on the present state; outcomes as for `Sandbox.run`.
-
-        Raises SandboxError if the session is not open or holds `Limits.cells` states.
-        """
+        """Run one cell on the present state; outcomes as for `Sandbox.run`. Raises SandboxError if
+        the session is not open."""
         with Cancel() as cancel:
             return self._run(code, timeout, cancel)
 
@@ -138,112 +161,131 @@ class Session:
     @property
     def depth(self) -> int:
         """How many cells the present state stands on."""
-        return max(0, len(self._states) - 1)
+        return len(self._cells)
 
     def rollback(self, cells: int) -> None:
         """Forget the last `cells` successful cells. Raises ValueError if there are fewer."""
         if not 0 <= cells <= self.depth:
             raise ValueError(f"cannot take back {cells} of {self.depth} cells")
-        for _ in range(cells):
-            self._states.pop().close()
-            receive(self._states[-1].sock)  # the state before has seen it go and waits again
+        keep = self.depth - cells
+        forgotten = [cell.state for cell in self._cells[keep:] if cell.state is not None]
+        del self._cells[keep:]
+        if self._host is not None:
+            self._host.drop(forgotten)
+
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _run(self, code: str, timeout: float, cancel: Cancel) -> RunResult:
-        sandbox = self._sandbox
-        if not self._states:
+        if not self._open:
             raise SandboxError("The session is not open.", remedy="use it in a `with` block")
-        if self.depth >= sandbox.limits.cells:
-            raise SandboxError(
-                f"The session holds Limits.cells={sandbox.limits.cells} states.",
-                remedy="roll back, start another session, or raise the limit",
-            )
+        replayed = False
+        with self._sandbox.admitted(cancel):
+            for attempt in range(2):
+                try:
+                    replayed |= self._catch_up(cancel)
+                    result, cell = self._cell(code, timeout, cancel)
+                except _DivergedError as error:
+                    return self._sandbox.infrastructure_error(str(error))
+                except (BrokenError, LostError) as error:
+                    self._lose()
+                    # A state that was made anew and is gone at once has ended itself.
+                    if isinstance(error, BrokenError) or (
+                        isinstance(error, GoneError) and attempt and replayed
+                    ):
+                        return self._broken(str(error), replayed)
+                    reason = str(error)
+                else:
+                    if cell is not None:
+                        self._cells.append(cell)
+                        self._make_room()
+                    return dataclasses.replace(result, replayed=replayed)
+        return self._sandbox.infrastructure_error(reason)
+
+    def _catch_up(self, cancel: Cancel) -> bool:
+        """Make the present state, where its process is not there: was there anything to do?
+
+        Raises LostError, BrokenError, and _DivergedError where a cell does not do what it did.
+        """
+        if self._host is None:
+            self._host = _Host(self._sandbox, self._seed)
+        done = self.depth
+        while done and self._cells[done - 1].state is None:
+            done -= 1
+        missing = self._cells[done:]
+        for number, old in enumerate(missing, start=done + 1):
+            patience = 2 * old.timeout + 1  # it was quick enough before
+            result, again = self._cell(old.code, patience, cancel, depth=number - 1)
+            if again is None or again.printed != old.printed:
+                what = f"cell {number} of {self.depth} is now {result.outcome}"
+                raise _DivergedError(f"the session was lost and could not be replayed: {what}")
+            old.state, old.held = again.state, again.held
+        return bool(missing)
+
+    def _cell(
+        self, code: str, timeout: float, cancel: Cancel, depth: int | None = None
+    ) -> tuple[RunResult, _Cell | None]:
+        """Run on the state after `depth` cells (all): its result, and what to record of success.
+
+        Raises LostError and BrokenError.
+        """
+        sandbox, host = self._sandbox, self._host
+        assert host is not None
         assert sandbox.tier is not None
-        with Watch(sandbox.limits, timeout, cancel.fd) as watch:
+        depth = self.depth if depth is None else depth
+        number = host.next_number()
+        on = self._cells[depth - 1].state if depth else 0
+        body: dict[str, object] = {"cell": number, "on": on}
+        with sandbox.a_zygote(host.zygote), Watch(sandbox.limits, timeout, cancel.fd) as watch:
+            with host.ask(body, code, watch) as status:
+                end = watch.until_end(status)
             try:
-                self._cell(watch, code)
-                return watch.result(sandbox.tier, sandbox.hide)
-            except (LostError, OSError, ValueError) as error:
-                alive = self._zygote is not None and self._zygote.alive
-                self.close()
-                if not alive:
-                    return sandbox.infrastructure_error(f"the zygote died: {error}")
-                # Only the states of the model's own code can have done this.
-                fault = CodeError(
-                    "SessionBroken", f"the session's state is gone: {error}", None, ""
-                )
-                outcome = Outcome.MODEL_ERROR
-                return RunResult(outcome, "", "", fault, sandbox.tier, 0.0, 0.0, 0, 0)
+                result = watch.result(sandbox.tier, sandbox.hide)
+            except LostError as error:
+                if depth == 0:
+                    raise
+                raise BrokenError(str(error)) from error  # it started in what earlier cells left
+        if end.kept and result.outcome in _SUCCESS:
+            return result, _Cell(code, timeout, _digest(result), number, end.held)
+        host.drop([number])
+        if result.outcome in _SUCCESS:  # os._exit(0): no state is left
+            fault = CodeError("SystemExit", "the cell ended its process", None, "")
+            result = dataclasses.replace(result, outcome=Outcome.MODEL_ERROR, error=fault)
+        return result, None
 
-    def _cell(self, watch: Watch, code: str) -> None:
-        current = self._states[-1]
-        here, there = _pair()
-        source = as_memfd(code)
-        with there:
-            send(current.sock, {"cell": True}, [source, *watch.descriptors, there.fileno()])
-        os.close(source)
-        watch.give_away()
-        watch.on_packet(current.sock, lambda packet: self._from_parent(watch, packet))
-        watch.on_packet(here, lambda packet: self._from_cell(watch, here, packet))
-        if self._listener >= 0:
-            permits = iter([True])
-            watch.on_ready(
-                self._listener, lambda: _answer_fork(self._listener, next(permits, False))
-            )
-        kept = False
-        try:
-            watch.until_end()
-            kept = watch.end is not None and watch.end.kept
-        finally:
-            if watch.process is not None and not kept:
-                if watch.end is None:
-                    watch.process.kill()
-                watch.process.close()
-            if not kept:
-                here.close()
-        if kept:
-            assert watch.process is not None
-            here.settimeout(_PATIENCE)
-            self._states.append(_State(here, watch.process))
+    def _make_room(self) -> None:
+        """Drop the oldest processes, but never that of the present state."""
+        limits = self._sandbox.limits
+        live = [cell for cell in self._cells if cell.state is not None]
+        held = sum(cell.held for cell in live)
+        dropped: list[int] = []
+        while len(live) > 1 and (len(live) > limits.states or held > limits.states_memory):
+            oldest = live.pop(0)
+            held -= oldest.held
+            assert oldest.state is not None
+            dropped.append(oldest.state)
+            oldest.state = None
+        if self._host is not None:
+            self._host.drop(dropped)
 
-    def _from_parent(self, watch: Watch, packet: Packet) -> None:
-        """The state before the cell tells how the cell's process ended."""
-        packet.close()
-        body = packet.json()
-        if "status" not in body:
-            raise LostError(str(body.get("failed", "no status")))
-        watch.end = End(int(body["status"]), float(body["cpu"]), int(body["memory"]))
+    def _lose(self) -> None:
+        for cell in self._cells:
+            cell.state = None
+        host, self._host = self._host, None
+        if host is not None:
+            host.close()
 
-    def _from_cell(self, watch: Watch, here: socket.socket, packet: Packet) -> None:
-        """The cell's own process says that it is there, and then that it is the new state."""
-        packet.close()
-        if not packet.body:
-            watch.selector.unregister(here)  # it has ended; its parent will tell how
-            return
-        body = packet.json()
-        if watch.process is None:
-            # The cell waits for our answer, so its pid is its own until we hold a pidfd of it.
-            if not packet.sender:
-                raise LostError("a cell without a pid")
-            watch.started(Process(packet.sender, os.pidfd_open(packet.sender)))
-            send(here, {"go": True})
-        elif "kept" in body and watch.killed is None:
-            watch.end = End(0, watch.process.cpu(), int(body["memory"]), kept=True)
+    def _broken(self, reason: str, replayed: bool) -> RunResult:
+        """Only the model's own code can have done this."""
+        assert self._sandbox.tier is not None
+        fault = CodeError("SessionBroken", f"the session's state is gone: {reason}", None, "")
+        outcome, tier = Outcome.MODEL_ERROR, self._sandbox.tier
+        return RunResult(outcome, "", "", fault, tier, 0.0, 0.0, 0, 0, replayed)
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
-    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    here.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    return here, there
+class _DivergedError(Exception):
+    """A replayed cell did something else than before."""
 
 
-def _answer_fork(listener: int, permit: bool) -> None:
-    """Let the process that waits for permission to fork go on, or give it EPERM."""
-    request = bytearray(80)  # struct seccomp_notif
-    try:
-        fcntl.ioctl(listener, _NOTIF_RECV, request)
-        identity = struct.unpack_from("=Q", request)[0]
-        reply = (0, 0, _CONTINUE) if permit else (0, -errno.EPERM, 0)
-        fcntl.ioctl(listener, _NOTIF_SEND, bytearray(struct.pack("=QqiI", identity, *reply)))
-    except OSError as error:
-        if error.errno != errno.ENOENT:  # it died while it waited
-            raise
+def _digest(result: RunResult) -> str:
+    text = f"{result.outcome} {result.bytes_cut} {result.stdout}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

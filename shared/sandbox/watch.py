@@ -29,10 +29,19 @@ from shared.sandbox.result import CodeError, Outcome, RunResult, Tier
 
 _STARTUP = 20.0  # seconds in which a live zygote has forked and a killed process is reaped
 _FACTS = 64 << 10
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class LostError(Exception):
     """The other side is gone or breaks the protocol: nothing can be said about the run."""
+
+
+class GoneError(LostError):
+    """The state that a cell was to start from is not there any more."""
+
+
+class BrokenError(Exception):
+    """A session's own processes do not behave: hostile code has been at work in it."""
 
 
 class Ended(StrEnum):
@@ -85,13 +94,25 @@ class Process:
 
     def cpu(self) -> float:
         """CPU seconds of all its threads; 0.0 when it has ended (`wait4` knows better then)."""
+        if self.pid <= 0:
+            return 0.0
         try:
             return time.clock_gettime((~self.pid << 3) | 2)  # CPUCLOCK_SCHED of another process
         except OSError:
             return 0.0
 
+    def held(self) -> int:
+        """Bytes of memory that are its own and not its parent's, at most: each began with a fault
+        (there are no huge pages in the jail) and is anonymous. Read from outside: it cannot lie."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            _, resident, shared = Path(f"/proc/{self.pid}/statm").read_text().split()[:3]
+        except OSError:  # ended, or a /proc that hides it
+            return 0
+        return min(int(fields[7]), int(resident) - int(shared)) * _PAGE  # minflt
+
     def kill(self) -> bool:
-        """False where it has ended already."""
+        """False where it has been reaped already."""
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -136,17 +157,23 @@ class Pipe:
 
 @dataclass(slots=True)
 class End:
-    """How the process ended: its wait status, or `kept` where a cell became a session's state."""
+    """How the process ended: its wait status, or `kept` where a cell became a session's state.
+
+    Bytes: `memory` its peak, `held` what a kept state holds beyond the one before, `zygote` the
+    zygote's own peak.
+    """
 
     status: int
     cpu: float
     memory: int
     kept: bool = False
+    held: int = 0
+    zygote: int = 0
 
 
 @dataclass
 class Watch:
-    """Use: give `descriptors` away, `watch` the sockets, `until_end`, then `result`."""
+    """Use: ask the zygote with `descriptors` and a status socket, `until_end`, then `result`."""
 
     limits: Limits
     timeout: float
@@ -185,25 +212,28 @@ class Watch:
                 os.close(pipe.sink)
                 pipe.sink = -1
 
-    def on_packet(self, sock: socket.socket, handle: Callable[[Packet], None]) -> None:
-        self.selector.register(sock, selectors.EVENT_READ, lambda: handle(receive(sock)))
+    def until_end(self, status: socket.socket) -> End:
+        """Follow what the zygote says on `status`.
 
-    def on_ready(self, fd: int, handle: Callable[[], None]) -> None:
-        self.selector.register(fd, selectors.EVENT_READ, handle)
-
-    def started(self, process: Process) -> None:
-        self.process, self._began = process, time.monotonic()
-        if self.killed is not None:
-            process.kill()
-
-    def until_end(self) -> None:
-        """Raises LostError where the process neither starts nor ends when it must."""
-        while self.end is None:
-            for key, _ in self.selector.select(self._next_look()):
-                key.data()
-            self._police()
+        Raises LostError where the zygote is gone or the process neither starts nor ends when it
+        must, GoneError and BrokenError as it says. No process is left in either case, except that
+        of a cell that was kept.
+        """
+        self.give_away()
+        self.selector.register(status, selectors.EVENT_READ, lambda: self._told(receive(status)))
+        try:
+            while self.end is None:
+                for key, _ in self.selector.select(self._next_look()):
+                    key.data()
+                self._police()
+        finally:
+            if self.process is not None:
+                if self.end is None:
+                    self.process.kill()
+                self.process.close()
         for pipe in (self.out, self.err, self.facts):
             pipe.drain()
+        return self.end
 
     def kill(self, why: Ended) -> None:
         if self.killed is None and (self.process is None or self.process.kill()):
@@ -211,11 +241,36 @@ class Watch:
 
     # ---- inside ----------------------------------------------------------------------------------
 
+    def _told(self, packet: Packet) -> None:
+        if not packet.body:
+            raise LostError("the zygote died")
+        body = packet.json()
+        if "started" in body:
+            self.process, self._began = Process.from_pidfd(packet.fds[0]), time.monotonic()
+            if self.killed is not None:
+                self.process.kill()
+        elif "status" in body:
+            self.end = End(body["status"], body["cpu"], body["memory"], zygote=body["zygote"])
+        elif "kept" in body:
+            assert self.process is not None
+            cpu, held = self.process.cpu(), self.process.held()
+            self.end = End(0, cpu, body["memory"], kept=self.killed is None, held=held)
+        elif "broken" in body:
+            raise BrokenError(body["broken"])
+        elif "gone" in body:
+            raise GoneError("the state is gone")
+        else:
+            raise LostError(body.get("failed", "the zygote talks nonsense"))
+
     def _read(self, pipe: Pipe) -> None:
         if not pipe.read():
             self.selector.unregister(pipe.source)
-        if self.out.size + self.err.size > self.limits.flood:
+        if self._flooded:
             self.kill(Ended.FLOOD)
+
+    @property
+    def _flooded(self) -> bool:
+        return self.out.size + self.err.size + self.facts.size > self.limits.flood + _FACTS
 
     def _cancelled(self) -> None:
         self.selector.unregister(self.cancel)
@@ -264,19 +319,19 @@ class Watch:
 
     def _judge(self, end: End) -> tuple[Outcome, CodeError | None]:
         printed = Outcome.OK if self.out.kept.strip() else Outcome.NO_OUTPUT
-        if end.kept:
-            return printed, None
-        signalled = -os.waitstatus_to_exitcode(end.status)
-        over_cpu = signalled in (signal.SIGXCPU, signal.SIGKILL) and end.cpu >= self.timeout
-        if self.killed is Ended.TIMEOUT or over_cpu:
+        # Told by what was used, not by who noticed first: a busy host must not change an outcome.
+        if self._flooded:
+            text = f"wrote more than flood={self.limits.flood} bytes"
+            return Outcome.MODEL_ERROR, CodeError("OutputLimit", text, None, "")
+        if self.killed is Ended.TIMEOUT or end.cpu >= self.timeout:
             wall = self.limits.wall(self.timeout)
             text = (
                 f"not done after timeout={self.timeout:g} s of CPU time ({wall:g} s of wall time)"
             )
             return Outcome.TIMEOUT, CodeError("TimeLimit", text, None, "")
-        if self.killed is Ended.FLOOD:
-            text = f"wrote more than flood={self.limits.flood} bytes"
-            return Outcome.MODEL_ERROR, CodeError("OutputLimit", text, None, "")
+        if end.kept:
+            return printed, None
+        signalled = -os.waitstatus_to_exitcode(end.status)
         if not self.facts.kept.startswith(b"R"):
             raise LostError(f"a run did not get ready: {self.facts.text()[1:] or 'killed'}")
         if signalled > 0:

@@ -1,10 +1,12 @@
-"""The warm interpreter that runs are forked from. Started by `pool.py`, never imported by it.
+"""The warm interpreter that runs are forked from. Started by `launcher.py`, never imported by it.
 
 Contract:
 - It is exec'ed with a clean environment and no descriptors but its control socket and a pidfd of
   the process that owns it. It never runs model code itself, so it never hangs and is never lost.
-- A request is one packet: JSON plus descriptors [code, stdout, stderr, facts, status]. The answers
-  go to that request's own status socket: {"started"} with a pidfd, then {"status", rusage}.
+- A request on the control socket is one packet: JSON plus descriptors. A run has [code, stdout,
+  stderr, facts, status] and its answers go to its own status socket: {"started"} with a pidfd, then
+  {"status", usage}. A session has [channel], on which its cells are asked for (hosted.py).
+- Every process of the jail is its child, and is known by a pidfd until it is reaped here.
 - When its owner dies or closes the control socket it kills every child and exits.
 """
 
@@ -16,7 +18,6 @@ import importlib
 import json
 import mmap
 import os
-import random
 import resource
 import select
 import signal
@@ -25,16 +26,20 @@ import socket
 import sys
 import tempfile
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.sandbox import child, confine, namespaces
-from shared.sandbox.packets import SIZE, receive, send
+from shared.sandbox import child, confine, fixed, namespaces
+from shared.sandbox.children import Child, ended_facts, peak
+from shared.sandbox.hosted import HostedSession
+from shared.sandbox.packets import SIZE, Packet, receive, tell
 from shared.sandbox.result import Tier
+from shared.sandbox.trees import remove_tree
 
 _ADDR_NO_RANDOMIZE = 0x0040000
+_DESCRIPTORS = 1 << 16  # that the zygote itself may hold, where the host lets it
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,26 @@ class Jail:
     """What every child of this zygote is confined by."""
 
     tier: Tier
+    zygote: int  # its pid, as its children see it
     readable: tuple[str, ...]
-    scratch: Path
+    scratch: Path | None  # where a run's own directory is made; None: it has none
     memory: int  # RLIMIT_AS of a child
     file_size: int
     open_files: int
 
-    def enter(self, directory: Path, cpu: int, *, forks: bool) -> int | None:
-        """Confine the calling process for good. Returns the fork listener, if `forks`."""
-        os.chdir(directory)
+    def enter(self, directory: Path | None, cpu: int, *, session: bool) -> None:
+        """Confine the calling process for good; `directory` is its own and the only writable."""
+        os.chdir(directory or "/")
         confine.limit(self.memory, self.file_size, self.open_files, cpu)
         if self.tier is Tier.D:
-            return None
+            return
         confine.isolate()
-        if self.tier in (Tier.A, Tier.B):
-            confine.landlock((*self.readable, "/dev/null"), (str(directory), "/dev/null"))
-        return confine.seccomp(forks)
+        landlocked = self.tier in (Tier.A, Tier.B)
+        if landlocked:
+            writable = [str(directory)] if directory else []
+            confine.landlock((*self.readable, "/dev/null"), (*writable, "/dev/null"))
+        minded = landlocked and confine.landlock_abi() >= confine.TRUNCATE_ABI
+        confine.seccomp(forks=session, writes=minded or self.tier is Tier.A)
 
 
 def main() -> None:
@@ -79,24 +88,33 @@ def main() -> None:
 class Zygote:
     def __init__(self, control: socket.socket, owner: int, config: Mapping[str, Any]) -> None:
         self.control, self.owner = control, owner
-        self.children: dict[int, tuple[int, socket.socket, Path]] = {}  # pidfd -> pid, status, dir
+        self.children: dict[int, Child] = {}  # by pid
+        self.sessions: set[HostedSession] = set()
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self.stopping = self._stale = False
         tier, limits = Tier(config["tier"]), config["limits"]
+        self.threads: int = limits["threads"]
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("800")
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         sys.path[:] = [*map(os.path.realpath, sys.path[1:]), *config["search"]]  # not PYTHONPATH
         os.environ.pop("PYTHONPATH")
         readable = namespaces.interpreter_paths(config["search"])
+        scratch = Path("/tmp/sandbox") if tier is Tier.A else None
         if tier is Tier.A:
-            scratch = Path("/tmp/sandbox")  # in a mount namespace of its own
             namespaces.enter(readable, str(scratch), limits["scratch"], limits["scratch_files"])
-        else:
+        elif tier is Tier.D:
             scratch = Path(tempfile.mkdtemp(prefix="tirgen-sandbox-"))
-        self.scratch = scratch
         confine.drop_capabilities()
-        confine.adopt_orphans()
+        confine.small_pages()
         _warm(config["preload"], config["warmup"])
+        fixed.install()
         self.jail = Jail(
             tier=tier,
+            zygote=os.getpid(),
             readable=tuple(readable),
             scratch=scratch,
             memory=_address_space() + limits["memory"],
@@ -104,109 +122,140 @@ class Zygote:
             open_files=limits["open_files"],
         )
         if tier is not Tier.D:
-            self._self_check()
+            listener = confine.supervise()
+            self.watch(listener, lambda: confine.permit(listener, self._decide))
+            for session in (False, True):
+                self._self_check(session)
+        self.watch(owner, self._stop)
+        self.watch(control.fileno(), self._request)
         gc.collect()
         gc.freeze()
-        control.send(json.dumps({"ready": tier, "scratch": str(scratch)}).encode())
+        shown = str(scratch) if tier is Tier.D else None
+        control.send(json.dumps({"ready": tier, "scratch": shown, "memory": peak()}).encode())
+
+    # ---- the loop --------------------------------------------------------------------------------
+
+    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Before it is closed. Does nothing for what is not watched."""
+        if self._handlers.pop(fd, None) is None:
+            return
+        self._stale = True
+        self._poll.unregister(fd)
 
     def serve(self) -> None:
         """Until the owner is gone or closes the control socket."""
-        poll = select.poll()
-        poll.register(self.control, select.POLLIN)
-        poll.register(self.owner, select.POLLIN)
-        while True:
-            for fd, _ in poll.poll():
-                if fd == self.owner:
-                    return
-                if fd == self.control.fileno():
-                    packet = receive(self.control)
-                    if not packet.fds:
-                        return
-                    started = self._start(packet.json(), packet.fds)
-                    if started is not None:
-                        poll.register(started, select.POLLIN)
-                elif fd in self.children:
-                    poll.unregister(fd)
-                    self._finish(fd)
+        while not self.stopping:
+            self._stale = False
+            for fd, _ in self._poll.poll():
+                self._handlers[fd]()
+                if self._stale:  # a number in the rest of the list may mean another file by now
+                    break
 
-    def _start(self, request: Mapping[str, Any], fds: list[int]) -> int | None:
-        """Fork a run; returns its pidfd, or None where no process could be made."""
-        *given, status_fd = fds
-        status = socket.socket(fileno=status_fd)
-        taken = {directory.name for _, _, directory in self.children.values()}
-        name = next(n for n in map(str, range(len(taken) + 1)) if n not in taken)
-        directory = self.jail.scratch / name
-        try:
-            directory.mkdir(mode=0o700)
-            pid = os.fork()
-        except OSError as error:
-            status.send(json.dumps({"failed": str(error)}).encode())
-            status.close()
-            for fd in given:
-                os.close(fd)
-            return None
+    def _stop(self) -> None:
+        self.stopping = True
+
+    def _request(self) -> None:
+        packet = receive(self.control)
+        if not packet.fds:
+            self.stopping = True
+        elif packet.json().get("session"):
+            HostedSession(self, packet)
+        else:
+            self._run(packet)
+
+    def close(self) -> None:
+        for process in list(self.children.values()):
+            process.signal(signal.SIGKILL)
+        for process in list(self.children.values()):
+            self._reap(process)
+        if self.jail.scratch is not None:
+            remove_tree(self.jail.scratch)
+
+    # ---- children --------------------------------------------------------------------------------
+
+    def adopt(self, pid: int, ended: Callable[[int, resource.struct_rusage], None]) -> Child:
+        """Follow a child of this process. Raises OSError if `pid` is not one, or is one already."""
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # ChildProcessError
+        if pid in self.children:
+            raise ChildProcessError(f"process {pid} is known")
+        process = Child(pid, os.pidfd_open(pid), ended)  # ours to reap, so the pid is still its own
+        self.children[pid] = process
+        self.watch(process.pidfd, lambda: self._reap(process))
+        return process
+
+    def _reap(self, process: Child) -> None:
+        _, status, usage = os.wait4(process.pid, 0)
+        del self.children[process.pid]
+        self.unwatch(process.pidfd)
+        os.close(process.pidfd)
+        process.ended(status, usage)
+
+    def fork(self, request: Mapping[str, Any], directory: Path | None, fds: list[int]) -> int:
+        """The pid of a new child that does what `child.main` says. Raises OSError."""
+        pid = os.fork()
         if pid == 0:
-            child.main(self.jail, request, directory, given)
+            child.main(self.jail, request, directory, fds)
+        return pid
+
+    def _run(self, packet: Packet) -> None:
+        *given, status_fd = packet.fds
+        status = socket.socket(fileno=status_fd)
+        scratch = self.jail.scratch
+        directory = scratch / "run" if scratch is not None else None  # one at a time has one
+
+        def ended(code: int, usage: resource.struct_rusage) -> None:
+            if directory is not None:
+                remove_tree(directory)
+            tell(status, ended_facts(code, usage))
+            status.close()
+
+        try:
+            if directory is not None:
+                directory.mkdir(mode=0o700)
+            process = self.adopt(self.fork(packet.json(), directory, given), ended)
+        except OSError as error:
+            tell(status, {"failed": str(error)})
+            status.close()
+        else:
+            tell(status, {"started": process.pid}, [process.pidfd])
         for fd in given:
             os.close(fd)
-        pidfd = os.pidfd_open(pid)
-        self.children[pidfd] = (pid, status, directory)
-        with contextlib.suppress(OSError):  # the caller may have given up already
-            send(status, {"started": pid}, [pidfd])
-        return pidfd
 
-    def _finish(self, pidfd: int) -> None:
-        pid, status, directory = self.children.pop(pidfd)
-        _, code, usage = os.wait4(pid, 0)
-        os.close(pidfd)
-        if not self.children:
-            self._kill_strays()
-        remove_tree(directory)
-        facts = {
-            "status": code,
-            "cpu": usage.ru_utime + usage.ru_stime,
-            "memory": usage.ru_maxrss * 1024,
-        }
-        with contextlib.suppress(OSError):
-            send(status, facts)
-        status.close()
-
-    def _kill_strays(self) -> None:
-        """Processes that a session left behind: they are this zygote's children by adoption."""
-        if os.getpid() == 1:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL)
+    def _decide(self, thread: int, is_thread: bool) -> bool:
+        """May this process start a thread, or fork beside itself?"""
+        if not is_thread:
+            return any(session.may_fork(thread) for session in self.sessions)
+        if thread in self.children:  # asked by the first thread, whose id is the process's
+            asking = [self.children[thread]]
         else:
-            with contextlib.suppress(OSError):
-                listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-                for pid in listed.split():
-                    os.kill(int(pid), signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, 0):
-                pass
+            asking = [process for process in self.children.values() if process.running]
+        for process in asking:
+            process.threads += 1
+        return all(process.threads <= self.threads for process in asking)
 
-    def _self_check(self) -> None:
+    # ---- the tier --------------------------------------------------------------------------------
+
+    def _self_check(self, session: bool) -> None:
         """A tier is what is seen to hold: a confined child tries what it must not be able to do.
 
         Raises RuntimeError naming what was possible.
         """
-        directory = self.jail.scratch / "check"
-        directory.mkdir(mode=0o700)
+        directory = self.jail.scratch / "run" if self.jail.scratch is not None else None
+        if directory is not None:
+            directory.mkdir(mode=0o700)
         pid = os.fork()
         if pid == 0:
-            os._exit(child.try_forbidden(self.jail, directory))
+            os._exit(child.try_forbidden(self.jail, directory, session=session))
         _, status = os.waitpid(pid, 0)
-        remove_tree(directory)
+        if directory is not None:
+            remove_tree(directory)
         broken = os.waitstatus_to_exitcode(status)
         if broken:
             raise RuntimeError(f"confinement does not hold: {child.FORBIDDEN.get(broken, broken)}")
-
-    def close(self) -> None:
-        for pid, _, _ in self.children.values():
-            os.kill(pid, signal.SIGKILL)
-        for pidfd in list(self.children):
-            self._finish(pidfd)
-        remove_tree(self.scratch)
 
 
 def _fix_addresses() -> None:
@@ -226,7 +275,6 @@ def _warm(modules: list[str], source: str) -> None:
     site.setquit()  # `exit` and `quit`, which -S leaves out
     scope = types.ModuleType("warmup")
     exec(compile(source, "<warmup>", "exec"), scope.__dict__)  # noqa: S102  our own text
-    random.seed(0)
 
 
 def _address_space() -> int:
@@ -244,31 +292,6 @@ def _address_space() -> int:
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     return high
-
-
-def remove_tree(top: Path) -> None:
-    """Remove a directory that hostile code has filled, however deep, whatever its modes."""
-    flattened = 0
-    pending = True
-    while pending:
-        pending = False
-        top.chmod(0o700)
-        with os.scandir(top) as entries:
-            listed = list(entries)
-        for entry in listed:
-            if not entry.is_dir(follow_symlinks=False):
-                Path(entry.path).unlink()
-                continue
-            Path(entry.path).chmod(0o700)
-            with os.scandir(entry.path) as inner:
-                for item in list(inner):
-                    if item.is_dir(follow_symlinks=False):
-                        Path(item.path).rename(top / f".flat{flattened}")
-                        flattened, pending = flattened + 1, True
-                    else:
-                        Path(item.path).unlink()
-            Path(entry.path).rmdir()
-    top.rmdir()
 
 
 if __name__ == "__main__":

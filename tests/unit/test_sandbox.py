@@ -9,36 +9,22 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from shared.errors import SandboxError
-from shared.sandbox import Limits, Outcome, Sandbox, Tier, pool
+from shared.sandbox import Limits, Outcome, Sandbox, Tier, launcher, pool
 from shared.sandbox.observation import NO_OUTPUT, observe
+from tests.sandboxes import bare, eventually, processes
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox(zygotes=2) as opened:
         yield opened
-
-
-@contextlib.contextmanager
-def bare(**options: object) -> Iterator[Sandbox]:
-    """One zygote that preloads nothing: quick to start."""
-    with Sandbox(zygotes=1, preload=(), warmup="", **options) as opened:  # type: ignore[arg-type]
-        yield opened
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "did not become true in time"
-        time.sleep(0.02)
 
 
 # ---- outcomes ------------------------------------------------------------------------------------
@@ -197,7 +183,7 @@ def test_cancelling_kills_the_run() -> None:
     async def main() -> None:
         async with Sandbox(zygotes=1, preload=(), warmup="") as s:
             task = asyncio.create_task(s.arun("while True: pass", timeout=500))
-            await asyncio.to_thread(eventually, lambda: len(_tree(s)) >= 3)
+            await asyncio.to_thread(eventually, lambda: len(processes(s)) >= 3)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -237,23 +223,13 @@ def test_it_opens_in_a_forked_child_and_works_under_asyncio_there() -> None:
 # ---- recovery and traces -------------------------------------------------------------------------
 
 
-def _tree(sandbox: Sandbox) -> list[psutil.Process]:
-    """Processes of the sandbox: launchers, zygotes, runs."""
-    found = []
-    for zygote in list(sandbox._all):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(zygote.process.pid)
-            found += [process, *process.children(recursive=True)]
-    return found
-
-
 def test_a_killed_zygote_is_replaced_and_its_run_tried_again() -> None:
     with bare() as sandbox:
-        before = {p.pid for p in _tree(sandbox)}
-        for process in _tree(sandbox):
+        before = {p.pid for p in processes(sandbox)}
+        for process in processes(sandbox):
             process.kill()
         assert sandbox.run("print(1)").stdout == "1\n"
-        assert before.isdisjoint(p.pid for p in _tree(sandbox))
+        assert before.isdisjoint(p.pid for p in processes(sandbox))
 
 
 def test_a_zygote_killed_under_a_run_costs_one_silent_retry_and_then_is_an_infrastructure_error(
@@ -264,8 +240,8 @@ def test_a_zygote_killed_under_a_run_costs_one_silent_retry_and_then_is_an_infra
 
         def killer() -> None:
             while not stop.is_set():
-                for process in _tree(sandbox):
-                    if len(process.children()) == 0 and len(_tree(sandbox)) >= 3:
+                for process in processes(sandbox):
+                    if len(process.children()) == 0 and len(processes(sandbox)) >= 3:
                         with contextlib.suppress(psutil.NoSuchProcess):
                             process.parent().kill()
                 stop.wait(0.05)
@@ -280,7 +256,7 @@ def test_a_zygote_killed_under_a_run_costs_one_silent_retry_and_then_is_an_infra
 
 
 def test_worn_zygotes_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "RUNS_PER_ZYGOTE", 2)
+    monkeypatch.setattr(launcher, "RUNS_PER_ZYGOTE", 2)
     with bare() as sandbox:
         first = next(iter(sandbox._all))
         for _ in range(3):
@@ -294,24 +270,24 @@ def test_closing_leaves_no_process_and_no_directory(
     tier: Tier, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pool, "TIERS", (tier,))
-    monkeypatch.setattr(pool, "_ENVIRONMENT", pool._ENVIRONMENT | {"TMPDIR": str(tmp_path)})
+    monkeypatch.setitem(launcher.ENVIRONMENT, "TMPDIR", str(tmp_path))
     with bare(minimum_tier=tier) as sandbox:
         sandbox.run("open('file', 'w').write('x')\nimport os\nos.mkdir('d', 0)")
         cells = sandbox.session()
         cells.open()
         cells.run("x = 1")
-        processes = _tree(sandbox)
-        assert len(processes) >= 3
-    assert not psutil.wait_procs(processes, timeout=10)[1]
+        found = processes(sandbox)
+        assert len(found) >= 3
+    assert not psutil.wait_procs(found, timeout=60)[1]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("tier", [Tier.A, Tier.B])
 def test_when_the_owner_is_killed_everything_dies(tier: Tier, tmp_path: Path) -> None:
     program = (
-        "import sys, time, threading\nfrom shared.sandbox import Sandbox, Tier, pool\n"
+        "import sys, time, threading\nfrom shared.sandbox import Sandbox, Tier, launcher, pool\n"
         f"pool.TIERS = (Tier.{tier.name},)\n"
-        f"pool._ENVIRONMENT['TMPDIR'] = {str(tmp_path)!r}\n"
+        f"launcher.ENVIRONMENT['TMPDIR'] = {str(tmp_path)!r}\n"
         "s = Sandbox(zygotes=1, preload=(), warmup=''); s.open()\n"
         "threading.Thread(target=s.run, args=('import time; time.sleep(1000)',),"
         " kwargs={'timeout': 900}).start()\n"
@@ -327,7 +303,7 @@ def test_when_the_owner_is_killed_everything_dies(tier: Tier, tmp_path: Path) ->
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     owner.stdout.close()
-    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert not psutil.wait_procs(processes, timeout=60)[1]
     assert list(tmp_path.iterdir()) == []
 
 

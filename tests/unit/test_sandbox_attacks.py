@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared.sandbox import Limits, Outcome, Sandbox, Tier, pool
+from shared.sandbox import Limits, Outcome, Sandbox, Tier, launcher, pool
 
 LIMITS = Limits(memory=300 << 20, file_size=1 << 20, open_files=32, scratch_files=100)
 SECRET = "planted-gold-answer"
@@ -116,7 +116,7 @@ def test_a_run_sees_neither_the_callers_environment_nor_its_descriptors(jail: Sa
     )
     environment, descriptors = result.stdout.splitlines()
     assert SECRET not in environment
-    assert set(eval(environment)) <= set(pool._ENVIRONMENT) | {"LD_LIBRARY_PATH"}  # noqa: S307
+    assert set(eval(environment)) <= set(launcher.ENVIRONMENT) | {"LD_LIBRARY_PATH"}  # noqa: S307
     assert descriptors == "[0, 1, 2, 3]"
 
 

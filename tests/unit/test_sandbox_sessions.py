@@ -7,17 +7,21 @@ import os
 import select
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from shared.errors import SandboxError
-from shared.sandbox import Limits, Outcome, Sandbox, Session, Tier, pool
+from shared.sandbox import Limits, Outcome, Sandbox, Session, Tier, pool, watch
+from shared.sandbox import zygote as zygotes
+from shared.sandbox.packets import Packet
+from tests.sandboxes import eventually, lose_zygotes, processes
 
 
 @pytest.fixture(scope="module", params=[Tier.A, Tier.B])
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     patch = pytest.MonkeyPatch()
     patch.setattr(pool, "TIERS", (request.param,))
-    with Sandbox(zygotes=1, preload=("numpy",), warmup="", limits=Limits(cells=20)) as opened:
+    with Sandbox(zygotes=1, preload=("numpy",), warmup="", limits=Limits(states=5)) as opened:
         yield opened
     patch.undo()
 
@@ -79,13 +83,48 @@ def test_only_the_session_itself_may_fork(cells: Session) -> None:
     assert bomb.outcome is Outcome.MODEL_ERROR
 
 
+BREAK = {
+    "does not fork": "def broken(*_): raise OSError\ncells._fork_beside = broken",
+    "talks nonsense": "cells._fork_beside = lambda _: cells.send(cells._own_socket(), {'x': 1})",
+    "sends no JSON": "cells._fork_beside = lambda _: cells._own_socket().send(b'[')",
+    "ends itself": "cells._fork_beside = lambda _: os._exit(0)",
+    "says hello for its child": "import socket\nfork = cells._fork_beside\ndef forged(tid):\n"
+    "  for n in range(5, 16):\n    try: os.fstat(n)\n    except OSError: continue\n"
+    "    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=n)\n"
+    "    try: cells.send(s, {'hello': True})\n    except OSError: pass\n    s.detach()\n"
+    "  return fork(tid)\ncells._fork_beside = forged",
+    "a child that dies before it may begin": "me, receive = os.getpid(), cells.receive\n"
+    "cells.receive = lambda s: receive(s) if os.getpid() == me else os._exit(0)",
+    "a child that is killed before it begins": "me, receive = os.getpid(), cells.receive\n"
+    "cells.receive = lambda s: receive(s) if os.getpid() == me else ctypes.string_at(0)",
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
 def test_a_session_that_breaks_its_own_machinery_hurts_only_itself(
+    sandbox: Sandbox, cells: Session, how: str
+) -> None:
+    """It is the model's fault, never an infrastructure error; and there is a way back."""
+    zygotes = set(sandbox._all)
+    cells.run("x = 1")
+    cells.run("import ctypes, os, sys; cells = sys.modules['shared.sandbox.cells']\n" + BREAK[how])
+    assert cells.run("print(1)", timeout=1).outcome is Outcome.MODEL_ERROR
+    assert sandbox.run("print(1)").stdout == "1\n"
+    assert cells.run("print(1)", timeout=1).outcome is Outcome.MODEL_ERROR
+    cells.rollback(1)
+    assert cells.run("print(x)").stdout == "1\n"
+    assert set(sandbox._all) == zygotes
+
+
+def test_a_state_that_waits_does_nothing_whatever_a_cell_left_running_in_it(
     sandbox: Sandbox, cells: Session
 ) -> None:
-    assert cells.run("import os\ndef broken(): raise OSError\nos.fork = broken").outcome
-    result = cells.run("print(1)", timeout=1)
-    assert result.outcome is Outcome.MODEL_ERROR
-    assert sandbox.run("print(1)").stdout == "1\n"
+    """The cell claims to have succeeded and goes on; from outside its process must stand still."""
+    before = set(processes(sandbox))
+    forged = "cells.send(cells._own_socket(), {'kept': True, 'memory': 0})\nwhile True: pass"
+    cells.run(f"import sys; cells = sys.modules['shared.sandbox.cells']\n{forged}")
+    (state,) = set(processes(sandbox)) - before
+    eventually(lambda: state.status() == psutil.STATUS_STOPPED)
 
 
 def test_sessions_and_runs_share_a_zygote(sandbox: Sandbox) -> None:
@@ -98,14 +137,115 @@ def test_sessions_and_runs_share_a_zygote(sandbox: Sandbox) -> None:
         assert two.run("print(x)").stdout == "2\n"
 
 
-def test_the_number_of_states_is_limited_by_name(sandbox: Sandbox) -> None:
+STEP = "x.append(random.random() + float(numpy.random.rand()) + os.urandom(1)[0]); print(x[-1])"
+
+
+def test_old_states_are_dropped_and_made_again_when_they_are_wanted(
+    sandbox: Sandbox, cells: Session
+) -> None:
+    """Limits.states=5 processes hold a chain of 12 cells; going back 11 is still exact."""
+    before = len(processes(sandbox))
+    cells.run("import random, numpy, os; x = []")
+    printed = [cells.run(STEP).stdout for _ in range(11)]
+    assert len(set(printed)) == 11
+    eventually(lambda: len(processes(sandbox)) == before + 5)
+    cells.rollback(3)
+    again = cells.run(STEP)
+    assert (again.stdout, again.replayed) == (printed[8], False)
+    cells.rollback(8)
+    again = cells.run(STEP)
+    assert (again.stdout, again.replayed) == (printed[1], True)
+    assert (cells.run(STEP).stdout, cells.depth) == (printed[2], 4)
+
+
+def test_states_that_hold_much_memory_are_dropped_sooner(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "limits", Limits(states=5, states_memory=100 << 20))
+    before = len(processes(sandbox))
     with sandbox.session() as cells:
-        for _ in range(20):
-            cells.run("x = 1")
-        with pytest.raises(SandboxError, match=r"Limits\.cells=20"):
-            cells.run("x = 1")
-        cells.rollback(5)
-        assert cells.run("print(x)").stdout == "1\n"
+        for n in range(4):
+            cells.run(f"x{n} = bytearray(b'x') * (40 << 20)")
+        eventually(lambda: len(processes(sandbox)) <= before + 3)
+        assert cells.run("print(len(x0) + len(x3))").stdout == f"{80 << 20}\n"
+
+
+def test_a_lost_zygote_costs_a_replay_and_the_result_says_so(
+    sandbox: Sandbox, cells: Session
+) -> None:
+    cells.run("import random, numpy, os; x = []")
+    first = [cells.run(STEP).stdout for _ in range(3)]
+    expected = cells.run("print(x)").stdout
+    cells.rollback(1)
+    lose_zygotes(sandbox)
+    after = cells.run("print(x)")
+    assert (after.stdout, after.replayed) == (expected, True)
+    assert not cells.run("print(1)").replayed
+    cells.rollback(4)
+    assert cells.run(STEP).stdout == first[1]
+
+
+def test_a_zygote_that_dies_under_a_cell_costs_a_replay(
+    sandbox: Sandbox, cells: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed when the cell has just begun, and nothing of it is heard after that."""
+    cells.run("x = 1")
+    (victim,) = sandbox._all
+    hear = watch.Watch._told
+
+    def deaf(self: watch.Watch, packet: Packet) -> None:
+        if victim.alive:
+            victim.process.kill()
+            victim.process.wait()
+            hear(self, packet)
+        elif self.process is not None and victim in sandbox._all:
+            hear(self, Packet(b"", []))
+        else:
+            hear(self, packet)
+
+    monkeypatch.setattr(watch.Watch, "_told", deaf)
+    result = cells.run("x += 1; print(x)")
+    assert (result.stdout, result.replayed) == ("2\n", True)
+
+
+def test_a_replay_that_differs_is_an_infrastructure_error(sandbox: Sandbox, cells: Session) -> None:
+    """The kernel's own clock is not fixed, so what it says cannot be made again."""
+    cells.run("import time; x = time.monotonic(); print(x)")
+    lose_zygotes(sandbox)
+    result = cells.run("print(x)")
+    assert result.outcome is Outcome.INFRASTRUCTURE_ERROR
+    assert "cell 1 of 1" in result.stderr
+    cells.rollback(1)
+    assert cells.run("print(2)").stdout == "2\n"
+
+
+def test_nothing_can_be_written_in_a_session(cells: Session) -> None:
+    """So there are no files that a rollback would have to take back."""
+    for path in ("f", "/tmp/f", "/tmp/sandbox/f", "/dev/shm/f", "/var/tmp/f"):
+        result = cells.run(f"open({path!r}, 'w')")
+        assert result.error is not None
+        assert result.error.type in ("OSError", "PermissionError", "FileNotFoundError")
+
+
+def test_threads_end_with_their_cell(cells: Session) -> None:
+    """As at the end of a program, those that can end are waited for; the others fail the cell."""
+    pools = "import concurrent.futures as f\np = f.ThreadPoolExecutor(2)\n"
+    assert cells.run(f"{pools}print(list(p.map(str, range(3))))").stdout == "['0', '1', '2']\n"
+    assert cells.run(f"{pools}print(p.submit(len, 'ab').result())").stdout == "2\n"
+    late = "import threading as t, time\nw = lambda: (time.sleep(.1), print('late'))\n"
+    assert cells.run(f"{late}t.Thread(target=w).start()").stdout == "late\n"
+    left = cells.run(f"{late}t.Thread(target=time.sleep, args=(99,), daemon=True).start()")
+    assert left.error is not None
+    assert left.error.type == "ThreadsLeftError"
+    assert cells.depth == 3
+
+
+def test_a_cell_that_ends_its_own_process_leaves_no_state(cells: Session) -> None:
+    cells.run("x = 1")
+    ended = cells.run("import os; x = 2; print(1, flush=True); os._exit(0)")
+    assert (ended.outcome, ended.stdout) == (Outcome.MODEL_ERROR, "1\n")
+    assert cells.run("x = 3; print(x); exit(0)").outcome is Outcome.OK
+    assert cells.run("print(x)").stdout == "3\n"
 
 
 def test_async_cells_and_a_cancelled_cell_keeps_the_state(sandbox: Sandbox) -> None:
@@ -127,21 +267,30 @@ def test_a_closed_session_refuses(sandbox: Sandbox) -> None:
         cells.run("print(1)")
 
 
-def test_a_cell_that_ends_at_once_is_held_before_it_can_end(
-    cells: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The owner is as slow as can be to look at the cell's process. Were the cell free to run, it
-    would have failed and been reaped by then, and its pid gone or another's."""
-    reaped = []
-    take_hold = os.pidfd_open
+def test_a_process_is_followed_even_if_it_is_dead_by_then_and_a_stranger_never_is() -> None:
+    """The interleaving that lost sessions once: a cell ends before anyone has looked at its pid.
+    The zygote is its parent, so until the zygote reaps it the pid can be nobody else's."""
+    zygote = object.__new__(zygotes.Zygote)
+    zygote._poll, zygote._handlers, zygote.children = select.poll(), {}, {}
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it is dead now, and not reaped
+    ends = []
+    child = zygote.adopt(pid, lambda status, usage: ends.append(os.waitstatus_to_exitcode(status)))
+    with pytest.raises(ChildProcessError, match="known"):
+        zygote.adopt(pid, lambda status, usage: None)
+    zygote._handlers[child.pidfd]()
+    assert ends == [7]
+    for stranger in (os.getppid(), pid):
+        with pytest.raises((ChildProcessError, ProcessLookupError)):
+            zygote.adopt(stranger, lambda status, usage: None)
 
-    def late(pid: int) -> int:
-        state = cells._states[-1].sock  # its parent tells here that it has reaped the cell
-        reaped.extend(select.select([state], [], [], 0.5)[0])
-        return take_hold(pid)
 
+@pytest.mark.parametrize("ending", ["1 / 0", "import os; os._exit(3)"])
+def test_cells_that_end_at_once_leave_the_state_every_time(cells: Session, ending: str) -> None:
     cells.run("x = 1")
-    monkeypatch.setattr("shared.sandbox.session.os.pidfd_open", late)
-    assert cells.run("1 / 0").error is not None
-    assert not reaped
+    for _ in range(30):
+        assert cells.run(ending).outcome is Outcome.MODEL_ERROR
     assert cells.run("print(x)").stdout == "1\n"
+    assert cells.depth == 2
