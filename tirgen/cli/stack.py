@@ -137,7 +137,7 @@ def _sandbox() -> str:
             f"No tier of {minimum} (the default of tool.minimum_tier) or stronger holds here:\n"
             + "\n".join(explained)
         )
-    with Sandbox(minimum_tier=minimum) as sandbox:
+    with Sandbox(zygotes=1, minimum_tier=minimum) as sandbox:
         result = sandbox.run("print(6 * 7)")
     summary = (
         f"tier {result.tier} ({NEEDS[result.tier]}), minimum {minimum}, "
