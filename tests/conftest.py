@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
 import pytest
@@ -28,9 +29,9 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def database_url(postgres_url: str) -> Iterator[str]:
-    """URL of a database of the test's own: a copy of the migrated, empty one."""
+@contextmanager
+def fresh_database(postgres_url: str) -> Iterator[str]:
+    """URL of a database of the caller's own: a copy of the migrated, empty one."""
     url = make_url(postgres_url)
     name = f"test_{next(_numbers)}"
     admin = libpq_conninfo(postgres_url) + " dbname=postgres"
@@ -39,6 +40,12 @@ def database_url(postgres_url: str) -> Iterator[str]:
     yield url.set(database=name).render_as_string(hide_password=False)
     with psycopg.connect(admin, autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> Iterator[str]:
+    with fresh_database(postgres_url) as url:
+        yield url
 
 
 @pytest.fixture
