@@ -20,6 +20,12 @@ PAIRS = Path(__file__).with_name("grading_pairs.txt")
 LABELS = {"=": True, "!": False, "?": None}
 BATCH = 10  # pairs per run in the jail
 
+_WARMUP = """
+from math_verify import parse, verify
+for text in ("$x^2+1$", "$\\\\frac{1}{2}$", "(1,2]", "1/2", "$\\\\{1,2\\\\}$", "$x<1$"):
+    found = parse(text, parsing_timeout=None)
+    verify(found, found, timeout_seconds=None)
+"""
 _PEER = """
 import json, sys
 from math_verify import parse, verify
