@@ -274,7 +274,8 @@ def _following(session: Session, query: Query, after: int) -> ColumnElement[bool
         if value is None:  # missing values come last
             later = and_(same, later)
             continue
-        beyond = field.column < value if descending else field.column > value
+        bound = literal(value, field.column.type)
+        beyond = field.column < bound if descending else field.column > bound
         later = or_(beyond, field.column.is_(None), and_(same, later))
     return later
 

@@ -221,15 +221,15 @@ def complete_many(db: Database, made: Iterable[tuple[LeasedItem, Completed]]) ->
     written: dict[int, int] = {}
     waiting = iter(made)
     while batch := list(islice(waiting, COMPLETE_BATCH)):
-        by_item = {item.id: (item, done) for item, done in batch}
         values = {
-            "ids": list(by_item),
+            "ids": [item.id for item, _ in batch],
             "attempts": [item.attempt for item, _ in batch],
             "owners": [item.owner for item, _ in batch],
             "checks": [done.rejected_by for _, done in batch],
         }
         with db.begin() as session:
-            held = [by_item[id] for id in session.scalars(_CLOSE, values)]
+            closed = set(session.scalars(_CLOSE, values))
+            held = [(item, done) for item, done in batch if item.id in closed]
             run_id = batch[0][0].run_id
             spent = ((i.id, i.attempt, usage) for i, done in held for usage in done.usage)
             write_usage(session, run_id, spent)

@@ -16,11 +16,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import typer
-from sqlalchemy import text
+from sqlalchemy import Engine, event, text
 from typer.testing import CliRunner, Result
 
 from shared.errors import TirgenError
-from shared.store import Database, ItemState, migrate
+from shared.store import Database, ItemState
 from shared.store.models import RunRow, VerdictRow
 from shared.trajectory import Step, Trajectory
 from tests import stored
@@ -165,6 +165,89 @@ def test_mistake_in_a_query_is_found_before_the_database_is_asked(
     assert error_of(tirgen("query", "vetted")).exit_code == 1  # no server there
     assert tirgen("query", "--limit", "0").exit_code == 2
     assert tirgen("query", "--format", "xml").exit_code == 2
+
+
+# What is refused; kinds of attack, as somebody might type them
+HOSTILE = [
+    "run.__class__.__mro__",
+    "__import__('os').system('true')",
+    "(lambda: vetted)()",
+    "[x for x in (1, 2)] == id",
+    "(vetted := True)",
+    "f'{run}' == 'x'",
+    "any_step(any_step(has_call))",
+    "any_step(vetted)",
+    "any_step(outcome='ok')",
+    "any_step()",
+    "all_steps(*outcome)",
+    "contains(run)",
+    "contains('')",
+    "contains('a') or contains('b') or contains('c') or contains('d')",
+    "any_step(contains('a'))",
+    "check('anwser')",
+    "check(run)",
+    "pg_sleep(10)",
+    "query.contains('x')",
+    "'x' in outcomes",
+    "imports == 'sympy'",
+    "imports < outcomes",
+    "vetted; DROP TABLE runs",
+    "vetted' OR '1'='1",
+    "run == 'a\0b'",
+    "vetted -- \0",
+    "id == " + "9" * 3000,
+    "id == 1" + "0" * 10_000,
+    "run == '" + "x" * 10_000 + "'",
+    "not " * 500 + "vetted",
+    "(" * 900 + "vetted" + ")" * 900,
+    "any_step(" + "not " * 60 + "has_call)",
+    "vetted and " * 3000 + "vetted",
+]
+
+
+def test_hostile_expressions_are_refused_and_never_reach_the_database(
+    tirgen: Tirgen, filled: Database
+) -> None:
+    """Exit code 2 and a message for each. Control: an honest one asks the database."""
+    asked: list[str] = []
+
+    def heard(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", heard)
+    try:
+        for expression in HOSTILE:
+            for more in ([], ["--count"], ["--format", "jsonl"]):
+                error = error_of(tirgen("query", expression, *more))
+                assert (error.exit_code, bool(error.what)) == (2, True), expression
+                assert len(str(error)) < 600
+        assert asked == []
+        said(tirgen("query", "vetted"))
+        assert asked
+    finally:
+        event.remove(Engine, "before_cursor_execute", heard)
+
+
+def test_groups_and_counts_are_printed_in_every_format(tirgen: Tirgen, filled: Database) -> None:
+    command = ["query", "--group-by", "run", "--columns", "n_tokens"]
+    rows = json.loads(said(tirgen(*command, "--format", "json")))
+    assert [(r["run"], r["n"], r["n_vetted"]) for r in rows] == [("one", 20, 12), ("two", 1, 1)]
+    assert rows[0]["vetted_low"] < rows[0]["vetted_rate"] == 0.6 < rows[0]["vetted_high"]
+    lines = said(tirgen(*command, "--format", "jsonl")).splitlines()
+    assert [json.loads(one) for one in lines] == rows
+    table = pq.read_table(io.BytesIO(tirgen(*command, "--format", "parquet").stdout_bytes))
+    assert table.to_pylist() == rows
+    assert re.search(r"^one +20 +12 +0.6 ", said(tirgen(*command)), re.MULTILINE)
+    assert json.loads(said(tirgen("query", "vetted", "--count", "--format", "json")))[0]["n"] == 13
+    assert error_of(tirgen("query", "--count", "--order", "id")).exit_code == 2
+
+
+def test_table_names_the_next_page(tirgen: Tirgen, filled: Database) -> None:
+    first = said(tirgen("query", "--limit", "5"))
+    assert "--after 5 " in first
+    assert re.search(r"^ 6 ", said(tirgen("query", "--limit", "5", "--after", "5")), re.MULTILINE)
+    assert "--after" not in said(tirgen("query", "--limit", "5", "--columns", "run"))
+    assert "There may be more" in said(tirgen("query", "contains('Multiply')", "--limit", "5"))
 
 
 # show
@@ -372,18 +455,7 @@ def test_wilson_interval_agrees_with_the_published_example() -> None:
     assert stats.wilson(0, 0) is None
 
 
-# db
-
-
-def test_schema_is_shown_and_upgraded(tirgen: Tirgen, db: Database) -> None:
-    assert migrate.head() in said(tirgen("db", "current"))
-    migrate.downgrade(db, "base")
-    missing = tirgen("db", "current")
-    assert missing.exit_code == 1
-    assert "tirgen db upgrade" in missing.output
-    assert f"no schema -> {migrate.head()}" in said(tirgen("db", "upgrade"))
-    assert "as before" in said(tirgen("db", "upgrade"))
-    migrate.require_head(db)
+# export
 
 
 def test_jsonl_writes_each_row_as_it_comes() -> None:

@@ -19,7 +19,7 @@ from shared.errors import ConfigError, DatabaseError
 from shared.sandbox.result import CodeError, Outcome, RunResult, Tier
 from shared.store import Completed, Database, libpq_conninfo, migrate, queries, trajectories
 from shared.store.database import resolve_url
-from shared.store.models import Base, ItemState, ProblemRow, RunRow, WorkItemRow
+from shared.store.models import Base, ItemState, ProblemRow, RunRow, RunState, WorkItemRow
 from shared.trajectory import Check, End, Problem, Step, ToolCall, Trajectory, Verdict, clean
 
 PROBLEM = Problem(text="What is 6 times 7?", answer="42", source="test")
@@ -228,6 +228,21 @@ def test_problem_is_imported_once(db: Database) -> None:
         row = session.scalars(select(ProblemRow).where(ProblemRow.key == other.key)).one()
         assert row.text == "nul \ufffd and \ufffd"
         assert Problem(row.text, row.answer).key == other.key
+
+
+def test_copied_rows_are_what_insert_would_have_written(db: Database) -> None:
+    """Lists, missing values, JSON, times' defaults; nothing at all is nothing."""
+    trajectories.copy_in(None, RunRow, [])  # type: ignore[arg-type]
+    row = {
+        "name": "a\tb\\n\u00e9", "kind": "k", "config": {"x": [1, None, "\u00e9"]},
+        "fingerprint": "", "code_version": "c", "created_by": "u", "host": "h",
+        "finished_at": None,
+    }  # fmt: skip
+    with db.begin() as session:
+        trajectories.copy_in(session, RunRow, [row])
+        found = session.query(RunRow).one()
+        assert {name: getattr(found, name) for name in row} == row
+        assert (found.state, found.n_items, found.id) == (RunState.RUNNING, 0, 1)
 
 
 # Queries

@@ -136,6 +136,31 @@ def test_swept_worker_can_no_longer_write(db: Database) -> None:
     assert count(db, "trajectories") == 1
 
 
+def test_many_are_completed_at_once_and_lost_ones_left_out(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several transactions; who lost an item loses that one only."""
+    monkeypatch.setattr(items, "COMPLETE_BATCH", 3)
+    run_id = make_run(db, problems=4, samples=2)
+    lost = items.lease(db, run_id, OWNER, 1, EXPIRED)[0]
+    items.sweep(db)
+    held = items.lease(db, run_id, OWNER, 7, LONG)
+    made = [(item, completed(item, Check.ANSWER if item.id % 2 else None)) for item in held]
+    written = items.complete_many(db, [made[0], (lost, completed(lost)), *made[1:]])
+    assert list(written) == [item.id for item in held if item.id != lost.id]
+    found = funnel(db, run_id)
+    n_rejected = sum(item.id % 2 for item in held if item.id in written)
+    assert (found.rejected, found.n_open) == ({"answer": n_rejected}, 8 - len(written))
+    assert found.reconciles
+    with db.session() as session:
+        for item, done in made:
+            if item.id in written:
+                assert trajectories.read(session, written[item.id]) == done.trajectory
+        assert queries.usage(session, run_id)[0].requests == len(written)
+    assert items.complete_many(db, made) == {}
+    assert items.complete_many(db, []) == {}
+
+
 def test_heartbeat_saves_a_lease_from_the_sweep(db: Database) -> None:
     run_id = make_run(db)
     kept, lost = items.lease(db, run_id, OWNER, 2, EXPIRED)

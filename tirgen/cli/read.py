@@ -106,14 +106,12 @@ def _write(
 
 def _say_what_is_left(db: Database, wanted: queries.Query, n: int, last: int | None) -> None:
     """Counting all is cheap on indexed columns only: bodies are not searched again for this."""
-    if searches(wanted.where):
-        hint = "There may be more"
-    elif wanted.after is None and (left := queries.count(db, wanted.where) - n) > 0:
+    hint = "There may be more"
+    if wanted.after is None and not searches(wanted.where):
+        left = queries.count(db, wanted.where) - n
+        if left == 0:
+            return
         hint = f"{left} more"
-    elif wanted.after is not None:
-        hint = "The next page"
-    else:
-        return
     page = "" if last is None else f", --after {last} the next page"
     text = f"{hint}: --limit N shows more{page}, --format jsonl all of them."
     console.print(text, style="dim", highlight=False)
