@@ -16,6 +16,7 @@ MAX_TOWER = 3  # powers within exponents: x^{y^{z}} is two
 MAX_ITEMS = 64  # of a list, tuple or set
 MAX_ENTRIES = 144  # of a matrix
 MAX_SIGNS = 6  # \\pm in one expression
+MAX_TERMS = 2000  # of a sum or product that is written out
 MAX_SYMBOLS = 24
 
 

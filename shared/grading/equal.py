@@ -11,14 +11,15 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
-from shared.grading import families, reals, scalars, symbolic, tree
+from shared.grading import families, parse, reals, scalars, symbolic, tree
 from shared.grading.caps import MAX_ITEMS, TooMuchError, UnreadableError
 from shared.grading.tree import Node
 from shared.grading.units import unit
-from shared.grading.values import LOG_BASE, ComplexError, UndefinedError, at
+from shared.grading.values import LOG_BASE, ComplexError, UndefinedError, at, exact
 from shared.grading.verdict import Decision, Stage, Value, different, equal, every, undecided
 
 _ITEMS = frozenset({"list", "either", "both", "set"})
+_VECTORS = frozenset({"matrix", "tuple", "bracket"})
 _HERE = Stage.STRUCTURE
 
 
@@ -27,7 +28,17 @@ def compare(a: Node, b: Node) -> Decision:
     a, b = settled(a), settled(b)
     if a == b:
         return equal(_HERE)
-    for rule in (_choices, _texts, _based, _quantities, _names, _signs, _shapes):
+    for rule in (
+        _choices,
+        _texts,
+        _fields,
+        _residues,
+        _based,
+        _quantities,
+        _names,
+        _signs,
+        _shapes,
+    ):
         found = rule(a, b)
         if found is not None:
             return found
@@ -63,6 +74,14 @@ def settled(node: Node) -> Node:
             return tree.rel("=", left, right)
         _check_about(left, right)
         return left
+    if node.kind == "rel" and node.name == "=" and _is_vector_equation(node):
+        pairs = zip(node.args[0].args, node.args[1].args, strict=True)
+        return Node("list", "", tuple(tree.rel("=", name, value) for name, value in pairs))
+    if node.kind == "rel" and node.name == "in" and node.args[1].kind == "set":
+        choices = (tree.rel("=", node.args[0], value) for value in node.args[1].args)
+        return Node("either", "", tuple(choices)) if len(node.args[1].args) > 1 else node
+    if node.kind == "mul" and sum(arg.kind in _VECTORS for arg in node.args) == 1:
+        return _scaled(node)
     if node.kind == "rel" and node.name == "in" and node.args[0].kind in ("tuple", "bracket"):
         return node.args[0] if node.args[1].kind == "all" else node
     if node.kind == "chain" and all(link.name in "=~" for link in node.args):
@@ -72,10 +91,33 @@ def settled(node: Node) -> Node:
     if node.kind in ("list", "both"):
         kept = tuple(arg for arg in node.args if not _is_integrality(arg))
         if kept and len(kept) < len(node.args):
+            whole = frozenset[str]().union(*map(tree.symbols, set(node.args) - set(kept)))
+            kept = tuple(families.marked(arg, whole) for arg in kept)
             return settled(kept[0] if len(kept) == 1 else Node(node.kind, "", kept))
     if node.kind == "both" and not reals.is_condition(node):
         return Node("list", "", node.args)
     return node
+
+
+def _scaled(node: Node) -> Node:
+    """A number times a matrix or a vector."""
+    vector = next(arg for arg in node.args if arg.kind in _VECTORS)
+    factors = [arg for arg in node.args if arg is not vector]
+    if (
+        not all(map(tree.is_scalar, factors))
+        or (vector.value not in ("", "()")
+        and "x" not in vector.name)
+    ):
+        return node
+    return Node(vector.kind, vector.value, tuple(tree.mul(*factors, x) for x in vector.args))
+
+
+def _is_vector_equation(node: Node) -> bool:
+    """(x, y) = (1, 2)."""
+    sides = [_components(side) for side in node.args]
+    if sides[0] is None or sides[1] is None or len(sides[0]) != len(sides[1]):
+        return False
+    return all(part.kind == "sym" for part in sides[0])
 
 
 def _one_of_chain(node: Node) -> Node:
@@ -158,6 +200,32 @@ def _texts(a: Node, b: Node) -> Decision | None:
     return different(_HERE, "different words")
 
 
+def _fields(a: Node, b: Node) -> Decision | None:
+    if a.kind == b.kind == "all":
+        return different(_HERE, "different sets of numbers")
+    return None
+
+
+def _residues(a: Node, b: Node) -> Decision | None:
+    r"""3 \pmod 7 is 10 \pmod 7; a modulus may be left out."""
+    if "residue" not in (a.kind, b.kind):
+        return None
+    if a.kind == b.kind:
+        modulus = compare(a.args[1], b.args[1])
+        values = [exact(node) for node in (a.args[0], b.args[0], a.args[1])]
+        if not modulus.equal:
+            return modulus
+        if None in values or not values[2]:
+            return compare(a.args[0], b.args[0])
+        one, other, size = (value for value in values if value is not None)
+        whole = ((one - other) / size).denominator == 1
+        return equal(_HERE) if whole else different(_HERE, "different residues")
+    residue, other_side = (a, b) if a.kind == "residue" else (b, a)
+    if not tree.is_scalar(other_side):
+        return None
+    return compare(residue.args[0], other_side)
+
+
 def _based(a: Node, b: Node) -> Decision | None:
     """Numerals of a named base: 52_8. Without the name nobody knows what is meant."""
     has = [any(n.kind == "based" for n in side) for side in (a, b)]
@@ -225,12 +293,21 @@ def _measures(a: Node, b: Node) -> Decision | None:
             if dict(meaning.dimension) == {"radian": 1}:
                 return scalars.compare(quantity.args[0], other)
             return different(_HERE, "degrees and another unit")
-        return compare(quantity.args[0], other)  # a unit that is left out
+        found = compare(quantity.args[0], other)  # a unit that is left out
+        if not found.equal and tree.is_scalar(other) and tree.symbols(other):
+            try:
+                written = tree.mul(quantity.args[0], parse.read(quantity.name))  # 3 m/s
+            except UnreadableError:
+                return found
+            return compare(written, other)
+        return found
     mine, gold = unit(a.name), unit(b.name)
     left, right = a.args[0], b.args[0]
     values = compare(left, right)
     if mine == gold:
         return values
+    if {mine.label, gold.label} == {frozenset({"am"}), frozenset({"pm"})}:
+        return different(_HERE, "before and after noon")
     if mine.label or gold.label:
         if mine.label and gold.label and (mine.label <= gold.label or gold.label <= mine.label):
             return values
@@ -265,8 +342,12 @@ def assignment(node: Node) -> tuple[Node, Node] | None:
 def _is_name(node: Node, value: Node) -> bool:
     """x, f(x), or a length AB."""
     if node.kind == "mul":
-        letters = all(arg.kind == "sym" and arg.name.isupper() for arg in node.args)
-        return letters and not tree.symbols(value)
+        parts = [arg.args[0] if arg.kind == "pow" else arg for arg in node.args]
+        names = [part.name if part.kind == "sym" else "" for part in parts]
+        if all(len(name) > 1 and name[0] == "d" for name in names):
+            return True  # dy/dx
+        lengths = all(name.isupper() or name.startswith("angle ") or name == "m" for name in names)
+        return lengths and not tree.symbols(value)
     return node.kind in ("sym", "app")
 
 
@@ -399,6 +480,11 @@ def _intervals(a: Node, b: Node) -> Decision | None:
 
 def _collections(a: Node, b: Node) -> Decision | None:
     systems = [_system(side) for side in (a, b)]
+    if (systems[0] is None) != (systems[1] is None):
+        named, other = (a, b) if systems[1] is None else (b, a)
+        solutions = _common_name(named)  # x_1 = 1, x_2 = 2
+        if solutions != named and other.kind in _ITEMS:
+            return _multisets(solutions, _common_name(other))
     if systems[0] is not None or systems[1] is not None:
         return _systems(a, b, *systems)
     if any(reals.is_condition(side) for side in (a, b)):
@@ -428,13 +514,19 @@ def _common_name(node: Node) -> Node:
     if node.kind not in _ITEMS or not node.args:
         return node
     pairs = [assignment(arg) for arg in node.args]
-    names = {pair[0] for pair in pairs if pair is not None}
+    names = {_unnumbered(pair[0]) for pair in pairs if pair is not None}
     if len(names) != 1 or pairs[0] is None:
         return node
     if any(p is None and not tree.is_scalar(n) for p, n in zip(pairs, node.args, strict=True)):
         return node
     values = (p[1] if p else n for p, n in zip(pairs, node.args, strict=True))
     return Node(node.kind, "", tuple(values))
+
+
+def _unnumbered(name: Node) -> Node:
+    """x_1, x_2: solutions for one x."""
+    stem, _, index = name.name.partition("_")
+    return tree.sym(stem) if name.kind == "sym" and index.isdigit() else name
 
 
 def _systems(

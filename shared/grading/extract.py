@@ -145,7 +145,7 @@ def _phrase(text: str, _: Rules) -> str | None:
     ends = [found.end() for found in _PHRASE.finditer(text)]
     if not ends:
         return None
-    said = text[ends[-1] :].lstrip("*: ").split("\n", 1)[0]
+    said = text[ends[-1] :].lstrip("*:} ").split("\n", 1)[0]
     said = re.split(r"(?<=[\w)}\]$%])\.(?:\s|$)|(?:,|;)?\s+(?:because|since|so|which)\s", said)[0]
     return said.strip().rstrip("*").strip() or None
 

@@ -8,26 +8,45 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from shared.grading import tree
+from shared.grading import scalars, tree
 from shared.grading.tree import Node
 from shared.grading.values import UndefinedError, exact
 from shared.grading.verdict import Decision, Stage, different, equal, undecided
 
 _WHOLE = frozenset("knm")
+_SAID = "\N{ELEMENT OF}Z"  # mark of a variable that the answer itself calls whole
 _PROBES = (0, 1, 2, 5, -3)
+
+
+def marked(node: Node, names: frozenset[str]) -> Node:
+    """`node` with a mark on the variables that stand for every whole number."""
+    if len(names) == 1 and (name := next(iter(names))) and not name.endswith(_SAID):
+        return tree.replace(node, tree.sym(name), tree.sym(f"k{_SAID}"))
+    return node
 
 
 def compare(a: Node, b: Node) -> Decision | None:
     """None unless both are families."""
+    said = any(name.endswith(_SAID) for name in tree.symbols(a) | tree.symbols(b))
+    if said:
+        a, b = _renamed(a), _renamed(b)
     mine, gold = _family(a), _family(b)
     if mine is None or gold is None:
-        return None
+        return scalars.compare(a, b) if said else None
     (start, step), (other, step_2) = mine, gold
-    if mine == gold and (start or tree.symbols(a) == tree.symbols(b)):
+    if mine == gold and (said or start or tree.symbols(a) == tree.symbols(b)):
         return equal(Stage.STRUCTURE)
     if abs(step) == abs(step_2) and ((start - other) / step).denominator == 1:
+        if said:
+            return equal(Stage.STRUCTURE)
         return undecided(Stage.STRUCTURE, "the same if it stands for every whole number")
     return different(Stage.STRUCTURE, "different families")
+
+
+def _renamed(node: Node) -> Node:
+    """The one variable that may be whole, under the name k."""
+    names = [n for n in tree.symbols(node) if n in _WHOLE or n.endswith(_SAID)]
+    return tree.replace(node, tree.sym(names[0]), tree.sym("k")) if len(names) == 1 else node
 
 
 def _family(node: Node) -> tuple[Fraction, Fraction] | None:

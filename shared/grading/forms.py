@@ -39,10 +39,12 @@ _NUMERAL = re.compile(
     r"\(?(?P<digits>(?=[A-Z]*\d)[0-9A-Z]+)\)? ?_ ?\{? ?(?P<base>1[1-9]|[23]\d) ?\}?"
 )
 _CLOCK = re.compile(r"(?<=\d)\s*([ap])\.?\s?m\.?\s*$", re.IGNORECASE)
+_TO = re.compile(r"\s*(\d+) to (\d+)\s*")
 _ARTICLES = frozenset("a an the is are it its".split())
-_ABOUT = re.compile(
-    r"\s*(?:approximately|about|roughly|exactly|equals?|equal to|is|a total of|total:?|only|"
-    r"(?:the )?(?:final )?answer(?: is|:)?|:|=)\s+(?=[\d$\\(+\-.])",
+_ABOUT = re.compile(  # what is said before a value: "about 5", "The solutions are x = 1"
+    r"\s*(?:(?:[A-Za-z' ]{1,60}\b(?:is|are|equals?|equal to|be)|approximately|about|around|roughly"
+    r"|exactly|a total of|total|only|approx\.?|ca\.)\s*[:=]?\s+|[:=]\s*)"
+    r"(?=[\d$\\(+\-.\[{]|[a-zA-Z]\s*[=<>])",
     re.IGNORECASE,
 )
 
@@ -51,6 +53,8 @@ def read(text: str, *, lists: bool = False) -> Node:
     """The tree of an answer. Raises TooMuchError or UnreadableError, nothing else."""
     if len(text) > MAX_LENGTH:
         raise TooMuchError(f"longer than {MAX_LENGTH} characters")
+    if found := _ABOUT.match(text):
+        text = text[found.end() :]
     plain = _plain(text)
     return (
         _choice(plain)
@@ -61,8 +65,7 @@ def read(text: str, *, lists: bool = False) -> Node:
 
 
 def _expression(text: str, lists: bool) -> Node:
-    if found := _ABOUT.match(text):
-        text = text[found.end() :]
+    text = _TO.sub(r"\1:\2", text)
     return read_expression(_CLOCK.sub(r"\\text{ \1.m.}", text), lists=lists)
 
 

@@ -24,7 +24,7 @@ from shared.grading.caps import (
 from shared.grading.tokens import Token, tokenize
 from shared.grading.tree import Node
 from shared.grading.units import measured
-from shared.grading.words import FUNCTIONS, GREEK, SHORT_GREEK
+from shared.grading.words import FUNCTIONS, GREEK, NUMBER_WORDS, SHORT_GREEK
 
 _RELATIONS = {
     "=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "<>": "!=",
@@ -156,11 +156,18 @@ class Parser:
             signs.append(sign)
             terms.append(self.side())
         if not signs:
-            return terms[0]
+            return self.residue(terms[0]) if self.at("pmod", "mod", "bmod") else terms[0]
         if len(terms) > MAX_ITEMS:
             raise TooMuchError(f"more than {MAX_ITEMS} items")
+        if self.at("pmod", "mod", "bmod"):
+            terms[-1] = self.residue(terms[-1])
         links = [tree.rel(s, a, b) for s, a, b in zip(signs, terms, terms[1:], strict=False)]
         return links[0] if len(links) == 1 else Node("chain", "", tuple(links))
+
+    def residue(self, node: Node) -> Node:
+        r"""3 \pmod 7"""
+        self.next()
+        return Node("residue", "", (node, self.argument()))
 
     def relation_sign(self) -> str | None:
         token = self.peek()
@@ -185,9 +192,11 @@ class Parser:
             if self.at("/") and self.peek(1).kind == "word":
                 self.next()
                 words.append("/")
-        if money:
-            return Node("measure", money, (node,)) if not words else measured(node, [money, *words])
-        return measured(node, words) if words else node
+        if words:
+            node = measured(node, words)
+        if money and node.kind == "measure":
+            return Node("measure", f"{money} {node.value}", node.args)
+        return Node("measure", money, (node,)) if money else node
 
     def currency(self) -> str:
         """$5, -$5 (the sign is left standing)."""
@@ -220,6 +229,8 @@ class Parser:
 
     def _sum(self) -> Node:
         terms = [self.signed(self.product)]
+        if terms[0].kind == "all" and self.take("-"):  # R - {1}
+            return Node("without", "", (terms[0], self.product()))
         while self.at("+", "-", "pm", "mp"):
             terms.append(self.signed(self.product))
         return tree.add(*terms)
@@ -274,11 +285,15 @@ class Parser:
         if before is None or token is None or before.kind != "number" or not before.value.isdigit():
             return False
         if token.value in _FRACTIONS and len(factors) >= 2:
-            part = exact_fraction(factors[-1])
+            mark, last = "", factors[-1]
+            if last.kind in ("percent", "deg"):
+                mark, last = last.kind, last.args[0]
+            part = exact_fraction(last)
             if part is not None and 0 < part < 1 and factors[-2].kind == "num":
                 whole = factors[-2].value
                 assert isinstance(whole, Fraction)
-                factors[-2:] = [tree.num(whole + part)]
+                mixed = tree.num(whole + part)
+                factors[-2:] = [Node(mark, "", (mixed,)) if mark else mixed]
                 return True
         if token.kind == "number" and self.at("/") and self.peek(1).kind == "number":
             top, bottom = token.exact, self.peek(1).exact
@@ -308,6 +323,8 @@ class Parser:
     def _power(self) -> Node:
         node = self.atom()
         while True:
+            if node.kind == "deg" and self.peek().value in ("C", "F") and not self.at("C"):
+                return Node("measure", self.next().value, node.args)
             if self.take("!"):
                 node = tree.fn("factorial", node)
             elif self.at("'"):
@@ -359,6 +376,8 @@ class Parser:
         """{...} that only groups; with a comma inside it is a set written without backslash."""
         self.expect("{")
         node = self.deeper(self.items)
+        if self.take("choose"):
+            node = tree.fn("binom", node, self.deeper(self.items))
         self.expect("}")
         return Node("set", "", node.args) if node.kind == "list" else node
 
@@ -411,6 +430,8 @@ class Parser:
     def _names_something(self) -> bool:
         """A word in place of a variable: "SRMC", or "area" before "="."""
         word = self.peek().value
+        if word in NUMBER_WORDS and self.position and self.peek(-1).value in ("_", "{"):
+            return True
         return word.isalpha() and (word.isupper() or self.peek(1).value == "=")
 
     def number(self) -> Node:
@@ -418,6 +439,7 @@ class Parser:
         if self.at("_"):
             self.next()
             base = self.argument()
+            base = tree.num(NUMBER_WORDS[base.name]) if base.name in NUMBER_WORDS else base
             if base.kind == "num" and isinstance(base.value, Fraction):
                 return Node("based", f"{base.value}:{token.value}")
             raise self.unexpected("as the base of a number")
@@ -462,6 +484,11 @@ class Parser:
             known = node.name[0] in _APPLIED and len(node.name.rstrip("'")) == 1
             if known or self._short_argument():
                 return self._application(node)
+        if node.name in _APPLIED and self.at("^"):
+            script = [self.peek(ahead).value for ahead in range(1, 6)]
+            if script == ["{", "-", "1", "}", "("]:
+                self.position += 5
+                return self._application(tree.sym(f"{node.name}^-1"))
         if node.kind == "sym" and self.at("^") and self.peek(1).value == "{":
             inner = self.peek(2).value
             if inner in ("*", "+", "-") and self.peek(3).value == "}":
@@ -595,7 +622,7 @@ class Parser:
             raise UnreadableError(f"\\begin{{{name}}} does not end")
         rows = [row for row in rows if row]
         if name in ("vmatrix", "Vmatrix"):
-            return tree.fn("det", _matrix(rows))
+            return _determinant(_matrix(rows))
         if name in _MATRICES:
             return _matrix(rows)
         if name in ("aligned", "align", "gathered", "split") and rows:
@@ -612,6 +639,13 @@ class Parser:
             return tree.fn("binom", self.argument(True), self.argument(True))
         if name == "sqrt":
             return self.root()
+        if name in ("angle", "measuredangle"):
+            corners = ""
+            while self.peek().kind == "letter" and self.peek().value.isupper():
+                corners += self.next().value
+            return self.scripted(tree.sym(f"angle {corners}"))
+        if name in ("sum", "prod"):
+            return self.repeated(name)
         if name == "cbrt":
             return Node("root", "", (self.argument(), tree.num(3)))
         if name in ("infty", "infinity"):
@@ -621,7 +655,7 @@ class Parser:
         if name in ("emptyset", "varnothing"):
             return tree.EMPTY
         if name.startswith("mathbb"):
-            return Node("all", name[-1])
+            return self.numbers(name[-1])
         if name in _CLOSING:
             return self.enclosed(name)
         if name in ("vert",):
@@ -643,6 +677,30 @@ class Parser:
             return self.scripted(tree.sym(name))
         self.position -= 1
         raise self.unexpected()
+
+    def numbers(self, name: str) -> Node:
+        r"""\mathbb{R}, or \mathbb{R}^+."""
+        if self.at("^") and "+" in (self.peek(1).value, self.peek(2).value):
+            self.position += 2 if self.peek(1).value == "+" else 4
+            if name == "R":
+                return Node("bracket", "()", (tree.ZERO, tree.INF))
+            name += "+"
+        return Node("all", name)
+
+    def repeated(self, name: str) -> Node:
+        r"""\sum_{k=1}^{n} of the product that follows."""
+        self.expect("_")
+        start = self.group()
+        self.expect("^")
+        end = self.signed(self.exponent)
+        term = self.deeper(self.product)
+        index = start.args[0] if start.args else start
+        if index == tree.IMAGINARY:  # here it counts
+            index = tree.sym("i")
+            term = tree.replace(term, tree.IMAGINARY, index)
+        if start.kind != "rel" or start.name != "=" or index.kind != "sym":
+            raise UnreadableError(f"the bounds of a {name}")
+        return tree.fn(name, index, start.args[1], end, term)
 
     def fraction(self) -> Node:
         self.in_derivative = self._is_derivative()
@@ -715,6 +773,8 @@ class Parser:
         if exponent == tree.MINUS_ONE and name in _INVERSES:
             name, exponent = _INVERSES[name], None
         args = self.function_argument(name)
+        if name == "det":
+            return _determinant(args[0])
         if name == "lg":
             name, base = "log", tree.num(10)
         if name == "log" and base is not None:
@@ -759,7 +819,7 @@ class Parser:
 _STOPS = frozenset(
     {*_RELATIONS, *_SEPARATORS, *_SETS, *_TIMES, *_CLOSING.values(), "pm", "mp", "div", "mid",
      "colon", "vert", "cr", "hline", "implies", "Rightarrow", "therefore", "quad", "not", "circ",
-     "degree", "textdegree", "euro", "pounds", "sim", "approx"}
+     "degree", "textdegree", "choose", "pmod", "mod", "bmod", "euro", "pounds", "sim", "approx"}
 )  # fmt: skip
 
 
@@ -789,6 +849,25 @@ def _matrix(rows: list[list[Node]]) -> Node:
         raise UnreadableError("a matrix with ragged rows")
     shape = f"{len(rows)} x {len(rows[0])}"
     return Node("matrix", shape, tuple(cell for row in rows for cell in row))
+
+
+def _determinant(matrix: Node) -> Node:
+    """By the first row. Raises UnreadableError for what is no small square matrix."""
+    side = next((n for n in range(1, 5) if matrix.name == f"{n} x {n}"), 0)
+    if matrix.kind != "matrix" or not side:
+        raise UnreadableError("the determinant of what is no square matrix, or of a large one")
+    return _minors([list(matrix.args[i * side : (i + 1) * side]) for i in range(side)])
+
+
+def _minors(rows: list[list[Node]]) -> Node:
+    if len(rows) == 1:
+        return rows[0][0]
+    terms = []
+    for column, head in enumerate(rows[0]):
+        rest = [row[:column] + row[column + 1 :] for row in rows[1:]]
+        term = tree.mul(head, _minors(rest))
+        terms.append(tree.neg(term) if column % 2 else term)
+    return tree.add(*terms)
 
 
 def _rows(items: tuple[Node, ...]) -> Node:

@@ -80,6 +80,8 @@ def _solved(node: Node) -> Node:
         raise UnreadableError(f"a {node.kind} is no set")
     if node.kind == "list" and not is_condition(node):
         return Node("set", "", node.args)
+    if node.kind == "list" and _exclusive(node):
+        return _solved(Node("either", "", node.args))
     if node.kind in ("either", "both", "list", "chain", "union", "meet", "without"):
         kind = "both" if node.kind in ("list", "chain", "meet") else node.kind
         kind = "either" if kind == "union" else kind
@@ -89,6 +91,8 @@ def _solved(node: Node) -> Node:
     if node.kind != "rel":
         return node
     left, right = node.args
+    if left.kind == "fn" and left.name == "abs" and not tree.symbols(right):
+        return _distance(node.name, left.args[0], right)
     if node.name == "in":
         if left.kind != "sym":
             raise UnreadableError("membership of an expression")
@@ -98,6 +102,30 @@ def _solved(node: Node) -> Node:
     if left.kind == "sym" and not tree.symbols(right) and node.name in _FLIP:
         return node
     return _linear(node)
+
+
+def _distance(sign: str, inside: Node, size: Node) -> Node:
+    """|x - 1| < 2 is -2 < x - 1 < 2."""
+    low, high = tree.rel(_FLIP.get(sign, "?"), inside, tree.neg(size)), tree.rel(sign, inside, size)
+    if sign not in ("<", "<=", ">", ">="):
+        raise UnreadableError("a distance that is no bound")
+    kind = "both" if sign[0] == "<" else "either"
+    return _solved(Node(kind, "", (low, high)))
+
+
+def _exclusive(node: Node) -> bool:
+    """x < 1, x > 2: with a comma, but it can only mean "or"."""
+    try:
+        solved = [_solved(arg) for arg in node.args]
+    except UnreadableError:
+        return False
+    if len(solved) != 2 or any(part.kind != "rel" for part in solved):
+        return False
+    below, above = sorted(solved, key=lambda part: part.name[0])
+    ends = [scalars.order(part.args[1]) for part in (below, above)]
+    if (below.name[0], above.name[0]) != ("<", ">") or ends[0] is None or ends[1] is None:
+        return False
+    return ends[0] < ends[1]
 
 
 def _linear(node: Node) -> Node:

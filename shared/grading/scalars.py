@@ -25,7 +25,7 @@ DIGITS = 40
 MOST_DIGITS = 1300  # for constants: they are compared once, so thoroughly
 POINTS = 6  # that must agree
 TRIES = 24
-_DISCRETE = frozenset({"floor", "ceil", "factorial", "binom", "gcd", "lcm"})
+_DISCRETE = frozenset({"sum", "prod", "floor", "ceil", "factorial", "binom", "gcd", "lcm"})
 
 
 class Sign(Enum):
@@ -95,7 +95,7 @@ def at_points(a: Node, b: Node, log_base: Fraction | None = None) -> Decision:
     """The numeric stage alone."""
     stage = Stage.NUMERIC
     both = tree.add(a, b)
-    names = sorted(tree.symbols(both))
+    names = sorted(tree.symbols(both) - tree.bound(both))
     if len(names) > MAX_SYMBOLS:
         raise TooMuchError(f"more than {MAX_SYMBOLS} variables")
     whole = any(n.kind == "fn" and n.name in _DISCRETE for n in both)
@@ -121,7 +121,7 @@ def at_points(a: Node, b: Node, log_base: Fraction | None = None) -> Decision:
             if agreed >= POINTS or constant:
                 break
         if agreed and (constant or agreed >= POINTS // 2):
-            if outside and not constant:
+            if outside and _has_abs(a) != _has_abs(b):
                 return undecided(stage, "equal only where both are defined")
             return equal(stage)
     return undecided(stage, "no point was found where both have a value")
@@ -162,6 +162,11 @@ def difference_at(
         size = max(abs(left), abs(right), mp.mpf(10) ** (-digits // 3))
         small = abs(left - right) < size * mp.mpf(10) ** (-digits * 4 // 5)
     return Sign.ZERO if small else Sign.UNKNOWN
+
+
+def _has_abs(node: Node) -> bool:
+    """ln|x| and ln x differ in more than what goes without saying; ln xy and ln x + ln y do not."""
+    return any(n.kind == "fn" and n.name == "abs" for n in node)
 
 
 def _defined(node: Node, point: dict[str, Fraction]) -> bool:

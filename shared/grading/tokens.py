@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from shared.grading.caps import MAX_DIGITS, MAX_LENGTH, MAX_TOKENS, TooMuchError, UnreadableError
-from shared.grading.words import FUNCTIONS, GREEK, is_word
+from shared.grading.words import FUNCTIONS, GREEK, UNITS, is_word
 
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∗": "*",
@@ -23,10 +23,12 @@ _UNICODE = {
     "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}",
     "ℂ": r"\mathbb{C}", "°": r"^\circ ", "≈": r"\approx ", "…": r"\ldots ", "⋯": r"\ldots ",
+    "∠": r"\angle ",
     "′": "'", "’": "'", "∨": r"\lor ", "∧": r"\land ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
     "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle ", "∖": r"\setminus ",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "，": ",", "（": "(", "）": ")",
-    "：": ":", "；": ";", "％": "%", "＝": "=", "．": ".", "。": ".", "、": ",",
+    "€": r"\euro ",
+    "£": r"\pounds ", "：": ":", "；": ";", "％": "%", "＝": "=", "．": ".", "。": ".", "、": ",",
     **{letter: f"^{{{digit}}}" for digit, letter in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     **{letter: f"_{{{digit}}}" for digit, letter in enumerate("₀₁₂₃₄₅₆₇₈₉")},
     **{half: rf"\frac{{{a}}}{{{b}}}" for half, a, b in (("½", 1, 2), ("⅓", 1, 3), ("⅔", 2, 3),
@@ -56,14 +58,19 @@ _SPACE = re.compile(
     r"|\\(?:h|v)?phantom\s*\{?-?\}?)+"
 )
 _TEXT = re.compile(
-    r"\\(?:text|mbox|hbox|textnormal|textrm|textbf|textit|textsf|texttt|mathrm|mathbf|mathit|mathsf"
+    r"\\(?P<face>text|mbox|hbox|textnormal|textrm|textbf|textit|textsf|texttt|mathrm|mathbf|mathit|mathsf"
     r"|rm|bf|operatorname\*?|mathop|emph|boldsymbol|bm|mathcal|underline)\s*\{"
 )
+_UPRIGHT = frozenset({"text", "mathrm", "mbox", "hbox", "textrm", "rm"})
 _MATHEMATICS = re.compile(  # in the typeface of words: "1,000", "+", "A, C and F"
     r"[\d.,\s]*\d[\d.,\s]*|[-+*/=(),]|[A-Za-z](?:\s*,?(?:,|\band\b|\bor\b)\s*[A-Za-z]\b)+"
 )
 _COMMAND = re.compile(r"\\([A-Za-z]+\*?|.)", re.DOTALL)
 _ENVIRONMENT = re.compile(r"(begin|end)\s*\{([a-zA-Z]+\*?)\}(?:\s*\[[a-z]\])?(?:\s*\{[clr|@ ]+\})?")
+_UNIT_TEXT = re.compile(  # \\mathrm{m/s^2}
+    r"\\(?:text|mathrm|rm)\s*\{((?:[A-Za-z]+(?:\^\{?-?\d\}?)?|[/*~.\s]|\\cdot)+)\}"
+)
+_NOUNS = re.compile(r"[A-Za-z\s.]*")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _MODULE = re.compile(r"(?:np|numpy|math|sp|sympy|cmath)\.(?=[a-z])")
 _MARKS = re.compile(r"\*\*|<=|>=|!=|==|<>|=>|->|&&|\|\||[-+*/^_=<>!%'()\[\]{}|,;:&?@#\"`.$]")
@@ -165,6 +172,11 @@ class _Lexer:
 
     def command(self) -> None:
         text = self.text
+        after_number = bool(self.tokens) and self.tokens[-1].kind == "number"
+        if after_number and (found := _UNIT_TEXT.match(text, self.position)) and "^" in found[1]:
+            self.position = found.end()
+            self.emit("word", re.sub(r"[{}~]|\\cdot", " ", found[1]).replace("^ ", "^"))
+            return
         if found := _TEXT.match(text, self.position):
             close = text.find("}", found.end())
             inner = text[found.end() : close if close >= 0 else len(text)]
@@ -172,7 +184,7 @@ class _Lexer:
                 self.position = found.end() - 1  # mathematics in another typeface: only a group
                 return
             self.position = close + 1 if close >= 0 else len(text)
-            self.words(inner.replace("\\", ""))
+            self.words(inner.replace("\\", ""), upright=found["face"] in _UPRIGHT)
             return
         found = _COMMAND.match(text, self.position)
         if found is None:
@@ -197,10 +209,14 @@ class _Lexer:
         else:
             self.emit("command", name)
 
-    def words(self, inner: str) -> None:
-        r"""\text{...}: a letter or a number in another typeface, or words."""
+    def words(self, inner: str, *, upright: bool) -> None:
+        r"""\text{...}: a letter or a number in another typeface, a unit, or words."""
         inner = inner.strip()
-        if re.fullmatch(r"[A-Za-z]", inner):
+        before = self.tokens[-1] if self.tokens else Token("", "")
+        valued = before.kind == "number" or before.value in ("}", ")", "pi")
+        if upright and valued and inner in UNITS:
+            self.emit("word", inner)
+        elif re.fullmatch(r"[A-Za-z]", inner):
             self.emit("letter", inner)
         elif (inner in FUNCTIONS or inner in GREEK) and inner not in ("min", "arg"):
             self.emit("command", inner)
@@ -221,7 +237,9 @@ class _Lexer:
         found = _LETTERS.match(self.text, self.position)
         assert found is not None
         run, self.position = found[0], found.end()
-        if run in FUNCTIONS or run in GREEK:
+        if self._is_noun(run):
+            self.emit("word", run)
+        elif run in FUNCTIONS or run in GREEK or run == "mod":
             self.emit("command", run)
         elif run in ("oo", "inf", "infty", "infinity", "Infinity"):
             self.emit("command", "infty")
@@ -238,6 +256,13 @@ class _Lexer:
                 self.emit("command", name[0])
                 position = name.end()
             self.each(run[position:])
+
+    def _is_noun(self, run: str) -> bool:
+        """A word that ends the text after a value: "3/4 cup", "12 min"."""
+        before = self.tokens[-1] if self.tokens else Token("", "")
+        valued = before.kind in ("number", "word") or before.value in ("}", ")")
+        plain = len(run) > 2 and (run == "min" or run not in FUNCTIONS | GREEK)
+        return self.spaced and valued and plain and bool(_NOUNS.fullmatch(self.text, self.position))
 
     def each(self, letters: str) -> None:
         for letter in letters:

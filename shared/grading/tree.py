@@ -3,6 +3,7 @@
 Scalars
     num(Fraction)  sym(name)  const("pi" | "e" | "i" | "inf")
     add(*)  mul(*)  pow(base, exponent)  root(radicand, degree)  pm(sign: "+-" | "-+"; x)
+    fn("sum" | "prod"; variable, from, to, term)
     fn(name; *)  app(name; *)          known function; unknown one, of which only equality is known
     deg(x)  percent(x)  measure(unit; x)  based("base:digits")  ratio(*)
 Collections
@@ -11,6 +12,7 @@ Collections
     set(*)  union(*)  meet(*)  without(a, b)  all("R" | "Z" | ...)  matrix(rows of mul; "n x m")
 Statements
     rel("=" | "<" | "<=" | ">" | ">=" | "!=" | "in"; left, right)   chains are `both` of them
+    residue(x, modulus)
     text("words")  choice("B"; rest?)
 """
 
@@ -86,6 +88,11 @@ def rel(op: str, left: Node, right: Node) -> Node:
 
 def symbols(node: Node) -> frozenset[str]:
     return frozenset(n.name for n in node if n.kind == "sym")
+
+
+def bound(node: Node) -> frozenset[str]:
+    """Names of the variables that sums and products run over."""
+    return frozenset(n.args[0].name for n in node if n.kind == "fn" and n.name in ("sum", "prod"))
 
 
 def replace(node: Node, old: Node, new: Node) -> Node:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -17,10 +17,11 @@ from shared.grading.caps import (
     MAX_BITS,
     MAX_EXPONENT,
     MAX_FACTORIAL,
+    MAX_TERMS,
     TooMuchError,
     UnreadableError,
 )
-from shared.grading.tree import Node
+from shared.grading.tree import Node, replace
 
 _EXP_LIMIT = 10**6  # of the argument of exp, cosh, ...
 LOG_BASE = "log base"  # the variable that stands for the base of a bare \log
@@ -76,9 +77,26 @@ def exact(node: Node) -> Fraction | None:
             if a is None or b is None:
                 return None
             return a * _power(b, -1)
+        case "fn" if node.name in ("sum", "prod"):
+            if any(exact(end) is None for end in node.args[1:3]):
+                return None
+            terms = list(written_out(node))
+            return exact(Node("add" if node.name == "sum" else "mul", "", tuple(terms)))
         case "fn":
             return _exact_function(node)
     return None
+
+
+def written_out(node: Node) -> Iterator[Node]:
+    """The terms of a sum or product whose bounds are whole numbers; raises UndefinedError."""
+    name, *ends, term = node.args
+    low, high = (exact(end) for end in ends)
+    if low is None or high is None or low.denominator != 1 or high.denominator != 1:
+        raise UndefinedError("bounds that are no whole numbers")
+    if high - low > MAX_TERMS:
+        raise TooMuchError(f"a {node.name} of more than {MAX_TERMS} terms")
+    for value in range(int(low), int(high) + 1):
+        yield replace(term, name, Node("num", Fraction(value)))
 
 
 def based(node: Node) -> int:
@@ -230,11 +248,21 @@ class _Evaluation:
                 return mp.mpf(based(node))
             case "ratio" if len(node.args) == 2:
                 return self.value(node.args[0]) / self.value(node.args[1])
+            case "fn" if node.name in ("sum", "prod"):
+                ends = (node.args[0], *(self._inserted(end) for end in node.args[1:3]))
+                terms = written_out(Node("fn", node.name, (*ends, node.args[3])))
+                total = mp.fsum if node.name == "sum" else mp.fprod
+                return total([self.value(term) for term in terms])
             case "fn":
                 return self.function(node.name, [self.value(arg) for arg in node.args])
             case "app":
                 return self.unknown(node.name, [self.value(arg) for arg in node.args])
         raise UnreadableError(f"a {node.kind} inside of an expression")
+
+    def _inserted(self, node: Node) -> Node:
+        if node.kind == "sym":
+            return Node("num", self.point[node.name])
+        return Node(node.kind, node.value, tuple(map(self._inserted, node.args)))
 
     def constant(self, name: str) -> Number:
         if name == "inf":
@@ -292,7 +320,7 @@ class _Evaluation:
         if name == "binom" and len(args) == 2:
             if max(map(abs, args)) > MAX_FACTORIAL:
                 raise TooMuchError(f"a binomial above {MAX_FACTORIAL}")
-            return mp.binomial(*args)
+            return _or_undefined(mp.binomial, *args)
         if len(args) != 1:
             raise UnreadableError(f"{name} of {len(args)} arguments")
         if name in _SIMPLE:
@@ -313,7 +341,7 @@ class _Evaluation:
         if name == "factorial":
             if abs(x) > MAX_FACTORIAL:
                 raise TooMuchError(f"a factorial above {MAX_FACTORIAL}")
-            return mp.factorial(x)
+            return _or_undefined(mp.factorial, x)
         if name in ("floor", "ceil"):
             if isinstance(x, mp.mpc):
                 raise UndefinedError(f"the {name} of what is not real")
@@ -338,6 +366,13 @@ class _Evaluation:
         told = name + "|" + "|".join(mp.nstr(arg, 25) for arg in args)
         digest = hashlib.sha256(told.encode()).digest()
         return 1 + mp.mpf(int.from_bytes(digest[:8], "big")) / (1 << 64)
+
+
+def _or_undefined(function: Callable[..., Number], *args: Number) -> Number:
+    try:
+        return function(*args)
+    except ValueError as error:  # a pole of the gamma function
+        raise UndefinedError(str(error)) from error
 
 
 _SIMPLE: dict[str, Callable[[Number], Number]] = {

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Names that evaluate their argument: Python's own, sympy's, numpy's, pandas's and mpmath's.
 EVALUATES = frozenset(
-    "eval exec compile sympify parse_expr parse_latex latex2sympy lambdify S sympy_eval literal_eval "
-    "nsimplify __import__ Integer_from_string mpmathify execfile numexpr".split()
+    "eval exec compile sympify parse_expr parse_latex latex2sympy lambdify S sympy_eval "
+    "literal_eval nsimplify __import__ Integer_from_string mpmathify execfile numexpr".split()
 )
 # What may: the child that runs model code in the jail, the zygote that loads our own warm-up, and
 # nano's teacher, which runs its own templates.
