@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tirgen.optional import require
 from tirgen.stats import RunStats
 
 GREY = "#9aa5b1"
+CURATED = "#3b7dd8"
 COLOURS = {
     ItemState.VETTED: "#2a9d5c",
     ItemState.REJECTED: "#e0a030",
@@ -27,7 +29,7 @@ def plot(stats: RunStats, path: Path) -> None:
     figure = module.Figure(figsize=(11, height), layout="constrained")
     funnel, subjects = figure.subplots(1, 2, width_ratios=(3, 2))
     names, counts, colours = zip(*bars, strict=True)
-    drawn = funnel.barh(names, counts, color=colours)
+    drawn = funnel.barh([_plain(name) for name in names], counts, color=colours)
     total = max(stats.funnel.n_items, 1)
     labels = [f"{n} ({100 * n / total:.1f} %)" for n in counts]
     funnel.bar_label(drawn, labels, padding=3)
@@ -56,7 +58,17 @@ def _bars(stats: RunStats) -> list[tuple[str, int, str]]:
         *((f"rejected: {k}", n, COLOURS[ItemState.REJECTED]) for k, n in run.rejected.items()),
         *((f"failed: {k}", n, COLOURS[ItemState.FAILED]) for k, n in run.failed.items()),
         *((state.value, run.items[state], GREY) for state in rest if run.items[state]),
+        *_curated(stats),
     ]
+
+
+def _curated(stats: RunStats) -> Iterator[tuple[str, int, str]]:
+    """What each filter of the last chain left, in its order."""
+    if stats.curation is None:
+        return
+    stages = stats.curation.stages
+    yield f"candidates of {stats.curation.name}", stages[0][1], CURATED
+    yield from ((f"after {name}", after, CURATED) for name, _, after in stages)
 
 
 def _draw_subjects(stats: RunStats, axes: Any) -> None:

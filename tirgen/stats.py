@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import func, select
@@ -13,7 +15,15 @@ from sqlalchemy.orm import Session
 
 from shared.sandbox.result import Outcome
 from shared.store import Database, ItemState
-from shared.store.models import ProblemRow, StepRow, TrajectoryRow, WorkItemRow
+from shared.store.models import (
+    CurationRow,
+    CurationStageRow,
+    ProblemRow,
+    StepRow,
+    TrajectoryRow,
+    WorkItemRow,
+    pass_rates,
+)
 from shared.store.queries import Funnel, UsageTotal, find_run, funnel, usage
 from tirgen import agreement
 
@@ -46,6 +56,16 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Curation:
+    """What a chain of filters last left of the run. `stages`: (filter, before, after) each."""
+
+    name: str
+    seed: int
+    applied_at: datetime
+    stages: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunStats:
     """`outcomes`: of the calls that stand. `subjects`: items by state. `elapsed`: seconds from the
     run's creation to its last finished item, pauses included."""
@@ -59,6 +79,8 @@ class RunStats:
     elapsed: float
     consensus: agreement.Summary  # all zero before `tirgen consensus`
     examples: tuple[Failure, ...] = ()  # one of each error class
+    right: tuple[int, int] = (0, 0)  # trajectories with the right answer, of those decided
+    curation: Curation | None = None
 
     @property
     def n_finished(self) -> int:
@@ -94,7 +116,15 @@ class RunStats:
             ("rejected items", items[ItemState.REJECTED], "rejected trajectories",
              self.trajectories.n - self.trajectories.n_vetted),
         ]  # fmt: skip
+        pairs += self._curated()
         return [f"{n} {a}, but {m} {b}" for a, n, b, m in pairs if n != m]
+
+    def _curated(self) -> list[tuple[str, int, str, int]]:
+        stages = self.curation.stages if self.curation else ()
+        return [
+            (f"left by filter {name}", after, f"seen by filter {following}", before)
+            for (name, _, after), (following, before, _) in pairwise(stages)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         run, low_high = self.funnel, wilson(self.n_vetted, self.n_finished)
@@ -126,8 +156,17 @@ class RunStats:
                 {name: getattr(one, name) for name in UsageTotal.__slots__} for one in self.usage
             ],
             "consensus": self.consensus.to_json(),
+            "right_answers": {"n": self.right[0], "of": self.right[1]},
+            "curation": self._curation_json(),
             "failure_examples": [asdict(one) for one in self.examples],
         }
+
+    def _curation_json(self) -> dict[str, Any] | None:
+        if self.curation is None:
+            return None
+        stages = [dict(zip(("filter", "before", "after"), s, strict=True))
+                  for s in self.curation.stages]  # fmt: skip
+        return {**asdict(self.curation), "stages": stages}
 
 
 def gather(db: Database, name: str) -> RunStats:
@@ -151,6 +190,8 @@ def gather(db: Database, name: str) -> RunStats:
             elapsed=(ended - run.created_at).total_seconds() if ended else 0.0,
             consensus=agreement.summary(session, run.id, QUEUE),
             examples=tuple(_failures(session, run.id, one_per_class=True)),
+            right=_right(session, run.id),
+            curation=_curation(session, run.id),
         )
 
 
@@ -181,6 +222,34 @@ def _trajectories(session: Session, run_id: int) -> Trajectories:
         func.coalesce(func.sum(row.duration), 0.0),
     ).where(row.run_id == run_id)
     return Trajectories(*session.execute(statement).one())
+
+
+def _right(session: Session, run_id: int) -> tuple[int, int]:
+    rate = pass_rates.c
+    n = select(func.sum(rate.n_passed), func.sum(rate.n_samples)).where(rate.run_id == run_id)
+    passed, samples = session.execute(n).one()
+    return int(passed or 0), int(samples or 0)
+
+
+def _curation(session: Session, run_id: int) -> Curation | None:
+    """The funnel of the chain that was last applied to any of the run's trajectories."""
+    stage = CurationStageRow
+    of_run = select(stage.curation_id).where(stage.run_id == run_id)
+    last = session.scalar(
+        select(CurationRow)
+        .where(CurationRow.id.in_(of_run))
+        .order_by(CurationRow.applied_at.desc(), CurationRow.id.desc())
+        .limit(1)
+    )
+    if last is None:
+        return None
+    rows = session.scalars(
+        select(stage)
+        .where(stage.curation_id == last.id, stage.run_id == run_id)
+        .order_by(stage.position)
+    )
+    stages = tuple((row.name, row.n_before, row.n_after) for row in rows)
+    return Curation(last.name, last.seed, last.applied_at, stages)
 
 
 def _failures(session: Session, run_id: int, one_per_class: bool = False) -> list[Failure]:

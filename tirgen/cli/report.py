@@ -26,6 +26,11 @@ def page(stats: RunStats) -> Iterator[RenderableType]:
     yield Text()
     yield table(("stage", "items", "share", ""), _funnel(stats))
     yield _reconciled(stats)
+    if stats.curation is not None:
+        chain = stats.curation
+        when = f"seed {chain.seed}, {chain.applied_at:%Y-%m-%d %H:%M}"
+        head = ("after filter", "left", "of the run", "")
+        yield table(head, _curated(stats), f"\nCurated by {line(chain.name)} ({when})")
     if stats.examples:
         failed = [(one.error_class, one.item, brief(one.text)) for one in stats.examples]
         yield table(("error", "item", "for example"), failed, "\nFailed (--failures lists all)")
@@ -87,6 +92,15 @@ def _funnel(stats: RunStats) -> Iterator[tuple[Any, ...]]:
             yield row(state.value, run.items[state], "white")
 
 
+def _curated(stats: RunStats) -> Iterator[tuple[Any, ...]]:
+    assert stats.curation is not None
+    total = stats.trajectories.n
+    counts = [(name, after) for name, _, after in stats.curation.stages]
+    for name, n in [("(candidates)", stats.curation.stages[0][1]), *counts]:
+        bar = Text("█" * round(BAR * n / total) if total else "", style="cyan", no_wrap=True)
+        yield name, n, share(n, total), bar
+
+
 def _reconciled(stats: RunStats) -> Text:
     wrong = stats.discrepancies()
     if wrong:
@@ -105,6 +119,9 @@ def _rates(stats: RunStats) -> Iterator[Text]:
         low, high = (100 * bound for bound in interval)
         vetted = percent(stats.n_vetted, stats.n_finished)
         yield _fact("yield", f"{vetted} of finished items (95 % interval {low:.1f} to {high:.1f})")
+    if stats.right[1]:
+        right, of = stats.right
+        yield _fact("right answers", f"{right} of {of} decided ones, {percent(right, of)}")
     if made.n:
         ends = ", ".join(f"{n} {line(end).replace('_', ' ')}" for end, n in stats.ends.items())
         yield _fact("trajectories", f"{made.n}, ended: {ends}")

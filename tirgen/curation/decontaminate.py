@@ -25,9 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field
-from scipy.sparse import csr_array
 
 from tirgen.curation.base import Context, Decision, Filter, Row, Sieve
 from tirgen.curation.words import agreement, grams, numbers, stems, words
@@ -224,6 +222,9 @@ class _Index:
     def __init__(
         self, items: Sequence[tuple[str, ...]], frequency: Mapping[str, int], n_texts: int
     ) -> None:
+        from scipy.sparse import csr_array  # here: it would slow the start of every command
+
+        self._array = csr_array
         self._weights = {w: 1 + math.log((1 + n_texts) / (1 + n)) for w, n in frequency.items()}
         self._numbers = {word: i for i, word in enumerate(self._weights)}
         self._items = self._matrix(items)
@@ -240,7 +241,7 @@ class _Index:
             found.append(sorted((p for p in pairs if p[0] >= least), key=lambda p: (-p[0], p[1])))
         return found
 
-    def _matrix(self, texts: Sequence[tuple[str, ...]]) -> csr_array:
+    def _matrix(self, texts: Sequence[tuple[str, ...]]) -> Any:
         """[texts, words], float64, rows of length one."""
         data: list[float] = []
         columns: list[int] = []
@@ -253,8 +254,7 @@ class _Index:
             columns += [self._numbers[w] for w, _ in counted]
             ends.append(len(data))
         shape = (len(texts), len(self._numbers))
-        parts = (np.array(data), np.array(columns, dtype=np.int32), np.array(ends, dtype=np.int32))
-        return csr_array(parts, shape=shape)
+        return self._array((data, columns, ends), shape=shape)
 
 
 def _is_here(folder: Path, name: str) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from tirgen.curation.base import Context, Decision, Filter, Row, Sieve
@@ -48,9 +47,9 @@ class NearDuplicates(Filter):
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """`shingles`: 32-bit hashes, each once, sorted."""
+    """`shingles`: 32-bit hashes, each once."""
 
-    shingles: NDArray[np.uint32]
+    shingles: array[int]
     numbers: Counter[str]
 
 
@@ -81,7 +80,7 @@ class _Seen:
     def _decision(self, id: int, text: str) -> Decision:
         found = words(text)
         hashes = {zlib.crc32(gram.encode()) for gram in grams(found, self.filter.shingle)}
-        this = _Text(np.array(sorted(hashes), dtype=np.uint32), numbers(found))
+        this = _Text(array("I", hashes), numbers(found))
         sketch = self.lib.MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
         sketch.update_batch(this.shingles)
         pairs = sorted(
@@ -104,6 +103,6 @@ class _Seen:
     def _pair(self, this: _Text, other: int) -> tuple[float, float, int]:
         """(Jaccard index, agreement of numbers, minus its id: of equals the first is named)."""
         that = self.kept[other]
-        common = np.intersect1d(this.shingles, that.shingles, assume_unique=True).size
-        union = this.shingles.size + that.shingles.size - common
+        common = len({*this.shingles} & {*that.shingles})
+        union = len(this.shingles) + len(that.shingles) - common
         return common / union, agreement(this.numbers, that.numbers), -other
