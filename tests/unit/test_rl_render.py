@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -19,6 +19,7 @@ from shared.prompts import render
 from shared.sandbox.result import Outcome, RunResult, Tier
 from shared.trajectory import End, Step, ToolCall, Trajectory
 from tests import chat_templates as templates
+from tests.fuzz import fuzz
 from tirgen.stack import WEIGHTS
 
 PAPER, TOOL = Format.PAPER, Format.TOOL_CALL
@@ -303,8 +304,8 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
+@fuzz
 @given(STEPS, st.booleans())
-@settings(max_examples=60, deadline=None)
 def test_any_trajectory_gives_back_its_text(steps: list[Step], qwen: bool) -> None:
     """Whatever was written: the response's ids decode to the stored text, then EOS."""
     r = renderer(templates.QWEN25 if qwen else "nano", PAPER, False)
