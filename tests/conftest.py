@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import psycopg
 import pytest
@@ -29,22 +29,31 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.stop()
 
 
-@contextmanager
-def fresh_database(postgres_url: str) -> Iterator[str]:
-    """URL of a database of the caller's own: a copy of the migrated, empty one."""
+NewDatabase = Callable[[], AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def new_database(postgres_url: str) -> NewDatabase:
+    """Makes databases: `with new_database() as url` is one, a copy of the migrated, empty one."""
     url = make_url(postgres_url)
-    name = f"test_{next(_numbers)}"
     admin = libpq_conninfo(postgres_url) + " dbname=postgres"
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {url.database}".encode())
-    yield url.set(database=name).render_as_string(hide_password=False)
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+    @contextmanager
+    def new() -> Iterator[str]:
+        name = f"test_{next(_numbers)}"
+        with psycopg.connect(admin, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {url.database}".encode())
+        yield url.set(database=name).render_as_string(hide_password=False)
+        with psycopg.connect(admin, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+    return new
 
 
 @pytest.fixture
-def database_url(postgres_url: str) -> Iterator[str]:
-    with fresh_database(postgres_url) as url:
+def database_url(new_database: NewDatabase) -> Iterator[str]:
+    """URL of a database of the test's own."""
+    with new_database() as url:
         yield url
 
 

@@ -30,9 +30,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psycopg
+from psycopg.errors import SerializationFailure
 from sqlalchemy import delete as deletion
 from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from shared.errors import ConfigError, DatabaseError, InputError
@@ -209,7 +211,13 @@ def seal(session: Session, snapshot_id: int, record: Record) -> None:
         "checksum": record.checksum,
     }  # fmt: skip
     statement = insert(SnapshotRow).values(row).on_conflict_do_nothing().returning(SnapshotRow.id)
-    if session.execute(statement).scalar_one_or_none() is None:
+    try:
+        id = session.execute(statement).scalar_one_or_none()
+    except OperationalError as error:
+        if not isinstance(error.orig, SerializationFailure):
+            raise
+        id = None  # taken since this transaction began
+    if id is None:
         refuse_taken(record.name)
 
 
