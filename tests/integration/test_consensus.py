@@ -26,7 +26,7 @@ SAMPLES = {
     "tie": ("1", ("1", "2", "1", "2")),
     "one vote": ("5", ("4", None, None, None)),
     "nothing": ("5", (None, None, None, None)),
-    "hostile": ("6", (stored.HOSTILE,) * 3 + ("6",)),
+    stored.HOSTILE: ("9", ("8", "8", "8", "9")),
 }
 Tirgen = Callable[..., Result]
 
@@ -94,8 +94,17 @@ def test_the_majority_is_counted_by_equality_and_held_against_the_reference(run:
     assert found["tie"] == (2, 4, None, 0.5, True, None), "nobody is elected"
     assert found["one vote"] == (1, 1, "4", 0.25, False, None), "one sample is no consensus"
     assert found["nothing"] == (0, 0, None, None, False, None)
-    assert found["hostile"][-1] is not False, "what cannot be decided is not called equal"
     assert {row.n_samples for row in table(run).values()} == {4}
+
+
+def test_what_cannot_be_decided_is_neither_agreement_nor_disagreement(db: Database) -> None:
+    """A tower of powers: nobody may evaluate it, so nobody can say that it is not the reference."""
+    add(db, "run", {"tower": ("7", ("9^{9^{9^9}}",) * 3 + ("7",))})
+    compare(db)
+    with db.session() as session:
+        row = session.scalars(select(ConsensusRow)).one()
+        assert (row.votes, row.disagrees) == (3, None)
+        assert agreement.summary(session, row.run_id, 10).n_undecided == 1
 
 
 def test_what_is_up_to_date_is_skipped_and_a_new_sample_is_seen(run: Database) -> None:
@@ -144,9 +153,9 @@ def test_doubtful_references_are_listed_most_votes_first(db: Database, tirgen: T
     result = tirgen("consensus", "run", "--format", "json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
-    listed = [one["problem_id"] for one in found["queue"] if one["problem_id"] != "hostile"]
-    assert set(listed[:2]) == {"strong", "wrong reference"}
-    assert listed[2:] == ["weak"]
+    listed = [one["problem_id"] for one in found["queue"]]
+    assert set(listed[:3]) == {"strong", "wrong reference", stored.HOSTILE}
+    assert listed[3:] == ["weak"]
     assert found["n_disagree"] == len(found["queue"])
     assert found["n_problems"] == found["n_compared"] == len(SAMPLES) + 2
 
@@ -160,7 +169,7 @@ def test_stats_show_the_list_once_there_is_one(run: Database, tirgen: Tirgen) ->
         assert page.exit_code == 0
         assert "wrong reference" in page.output
         assert "3/4" in page.output
-        assert "\x1b[31m" not in page.output, "what a model wrote is no terminal code"
+        assert "\x1b[31m" not in page.output, "what a file says is no terminal code"
     found = json.loads(tirgen("stats", "run", "--format", "json").stdout)["consensus"]
     assert (found["n_problems"], found["n_tied"]) == (len(SAMPLES), 1)
 
@@ -178,8 +187,8 @@ def test_trajectories_are_asked_for_by_consensus(run: Database) -> None:
         with query.run(run, wanted) as rows:
             return {name for (name,) in rows}
 
-    assert selected("consensus_disagrees") >= {"wrong reference"}
+    assert selected("consensus_disagrees") == {"wrong reference", stored.HOSTILE}
     assert selected("consensus_disagrees is False") == {"right"}
-    assert selected("consensus_share >= 0.75 and consensus_disagrees is False") == {"right"}
+    assert selected("consensus_share >= 0.75 and not consensus_disagrees") == {"right"}
     assert "tie" in selected("consensus_disagrees is None")
     assert selected('answer == consensus_answer and problem_id == "right"') == {"right"}
