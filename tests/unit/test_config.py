@@ -164,7 +164,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(setting: str, key: str, hint
 @pytest.mark.parametrize(
     ("setting", "key"),
     [
-        ("budgets.calls=0", "budgets.calls"),
+        ("budgets.calls=-1", "budgets.calls"),
         ("budgets.calls=many", "budgets.calls"),
         ("reasoner=3", "reasoner"),
         ("reasoner.endpoint='http://x/v1'", "reasoner.endpoint"),
