@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
+
+import orjson
 
 from shared.sandbox.result import CodeError, Outcome, RunResult, Tier
 
@@ -58,12 +60,31 @@ def clean(value: Any) -> tuple[Any, bool]:
 def canonical_json(value: Any) -> bytes:
     """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
 
-    Raises ValueError for NaN, infinities and lone surrogates: pass the value through `clean` first.
+    `json` defines the bytes; orjson makes the same ones several times as fast where it can, which
+    is everywhere but with keys that are no texts and with integers beyond 64 bits. The frozen
+    dataclasses of this module stand for their fields. Raises ValueError for NaN, infinities and
+    lone surrogates: pass the value through `clean` first.
     """
+    try:
+        return orjson.dumps(_plain(value, _written_out), option=_EXACTLY)
+    except TypeError:
+        plain = _plain(value)
     text = json.dumps(
-        value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        plain, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
     )
     return text.encode()
+
+
+_EXACTLY = (  # and nothing that `json` would refuse
+    orjson.OPT_SORT_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+)
+
+
+def _written_out(number: float) -> orjson.Fragment:
+    """As `json` writes it: orjson writes 1e-05 as 1e-5, and NaN as null."""
+    if not math.isfinite(number):
+        raise ValueError(f"{number} has no JSON form")
+    return orjson.Fragment(repr(number))
 
 
 def content_hash(value: Any) -> str:
@@ -174,22 +195,28 @@ class Trajectory:
         return cls(**{**body, "steps": steps, "end": End(body["end"])})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, real: Callable[[float], Any] = float) -> Any:
     """Dataclasses as dictionaries, tuples as lists, without the copies that `asdict` makes."""
     names = _FIELDS.get(type(value))
     if names is not None:
         return {
-            name: one if type(one := getattr(value, name)) in _LEAVES else _plain(one)
+            name: one if type(one := getattr(value, name)) in _LEAVES else _plain(one, real)
             for name in names
         }
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, float):
+        return real(value)
+    if isinstance(value, dict):
+        return {
+            key: one if type(one) in _LEAVES else _plain(one, real) for key, one in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [one if type(one) in _LEAVES else _plain(one, real) for one in value]
+    if isinstance(value, Mapping):
+        return _plain(dict(value), real)
     return value
 
 
-_LEAVES = frozenset({str, int, float, bool, type(None), End, Outcome, Tier})
+_LEAVES = frozenset({str, int, bool, type(None), End, Outcome, Tier})
 _FIELDS = {
     kind: tuple(f.name for f in fields(kind))
     for kind in (Trajectory, Step, ToolCall, RunResult, CodeError)

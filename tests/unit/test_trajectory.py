@@ -82,6 +82,31 @@ def test_equal_values_give_equal_bytes_and_the_bytes_give_the_value_back(value: 
     assert json.loads(canonical_json(value)) == value
 
 
+@given(HOSTILE, st.dictionaries(ANY_TEXT | st.integers(), st.floats() | st.integers()))
+def test_canonical_bytes_are_those_of_json_itself(value: Any, odd: dict[Any, Any]) -> None:
+    """Whoever writes them: the same bytes, or an error where `json` has one."""
+
+    def by_json(value: Any) -> bytes | None:
+        rules: dict[str, Any] = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False}
+        try:
+            return json.dumps(value, separators=(",", ":"), **rules).encode()
+        except (TypeError, ValueError):
+            return None
+
+    for one in (value, [value, 1e-05, 1e16, -0.0, 2**70], odd):
+        expected = by_json(one)
+        if expected is None:
+            with pytest.raises((TypeError, ValueError)):
+                canonical_json(one)
+        else:
+            assert canonical_json(one) == expected
+
+
+@given(TRAJECTORIES)
+def test_a_trajectory_is_written_as_its_body_is(trajectory: Trajectory) -> None:
+    assert canonical_json(trajectory) == canonical_json(trajectory.body())
+
+
 @pytest.mark.parametrize("value", [math.nan, [math.inf], {"a": -math.inf}, "\ud800"])
 def test_what_json_cannot_say_is_refused_not_invented(value: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - json and the codec word it differently
