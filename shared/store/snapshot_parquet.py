@@ -149,7 +149,7 @@ class ParquetSource:
     def check(self) -> None:
         """Raises InputError unless the shards' rows have the record's digest."""
         if digest_of(self.record.kind, self.record.n_rows, self._lines()) != self.record.digest:
-            raise _altered("the manifest's rows", self.folder)
+            raise _altered("the content of the shards", self.folder)
 
     def check_file(self, file: File) -> None:
         """Raises InputError unless every byte of the shard is as it was written."""
