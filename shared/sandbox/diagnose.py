@@ -59,15 +59,18 @@ def _finding(tier: Tier, root: Path) -> Finding:
     try:
         _bare(tier)._launch(tier).close()
     except LostError as error:
-        return Finding(tier, str(error), tuple(remedies(tier, root)))
+        return Finding(tier, str(error), tuple(remedies(tier, root, str(error))))
     return Finding(tier)
 
 
-def remedies(tier: Tier, root: Path = Path("/"), landlock: int | None = None) -> Iterator[str]:
+def remedies(
+    tier: Tier, root: Path, reason: str = "", landlock: int | None = None
+) -> Iterator[str]:
     """What stands in the way of a tier that was tried in vain, one remedy each."""
+    entered = "confinement" in reason  # the namespaces were made, and what came after failed
     found = False
     for remedy in (
-        *(_namespaces(root) if tier is Tier.A else ()),
+        *(_namespaces(root) if tier is Tier.A and not entered else ()),
         *(_landlock(root, landlock_error() if landlock is None else landlock)
           if tier is not Tier.C else ()),
         *_seccomp(root),

@@ -127,7 +127,7 @@ def test_every_known_obstacle_has_its_remedy(
     for name, text in {**FILTERS, **host}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    [remedy] = remedies(tier, tmp_path, landlock)
+    [remedy] = remedies(tier, tmp_path, "unshare", landlock)
     assert says in remedy
 
 
