@@ -1,4 +1,4 @@
-"""Hypothesis for the trainer's tests: the same examples each run, and no limit that reads a clock."""
+"""Hypothesis for the trainer's tests: the same examples every run, and no look at a clock."""
 
 from __future__ import annotations
 
