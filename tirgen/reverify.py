@@ -147,7 +147,7 @@ async def rejudge(
         while batch := await asyncio.to_thread(_batch, db, scope, checks, force, last):
             last = batch[-1].id
             due = [one for one in batch if one.checks]
-            judged = await asyncio.gather(*(_judge(db, verifiers, one) for one in due))
+            judged = await asyncio.gather(*(_judge(verifiers, one) for one in due))
             found = {
                 one.id: v for one, v in zip(due, judged, strict=True) if not isinstance(v, str)
             }
@@ -192,12 +192,16 @@ def changes(session: Session, scope: Scope, checks: Sequence[Check], limit: int)
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A trajectory of a batch, and the checks that it is due."""
+    """A trajectory of a batch and the checks that it is due.
+
+    `trajectory`: why it cannot be read, where it cannot; None where no check is due.
+    """
 
     id: int
     run_id: int
     problem: Problem
     checks: tuple[Check, ...]
+    trajectory: Trajectory | str | None
 
 
 class _Verifiers:
@@ -258,28 +262,30 @@ def _batch(
         )
         made = {(i, name): version for i, name, version in session.execute(newest)}
 
-        def due(i: int) -> tuple[Check, ...]:
-            return tuple(c for c in checks if force or made.get((i, c.value)) != version_of(c))
+        batch = []
+        for i, run_id, p in rows:
+            due = tuple(c for c in checks if force or made.get((i, c.value)) != version_of(c))
+            problem = Problem(p.text, p.answer, p.source, p.external_id)
+            batch.append(_Stored(i, run_id, problem, due, _read(session, i) if due else None))
+        return batch
 
-        return [
-            _Stored(i, run_id, Problem(p.text, p.answer, p.source, p.external_id), due(i))
-            for i, run_id, p in rows
-        ]
 
-
-async def _judge(db: Database, verifiers: _Verifiers, one: _Stored) -> tuple[Verdict, ...] | str:
+async def _judge(verifiers: _Verifiers, one: _Stored) -> tuple[Verdict, ...] | str:
     """Its verdicts, or why it cannot be judged: one bad row does not stop the others."""
+    if not isinstance(one.trajectory, Trajectory):
+        return one.trajectory or ""
     verifier = await verifiers.of(one.run_id)
     try:
-        trajectory = await asyncio.to_thread(_read, db, one.id)
-        return await verifier.verify(one.problem, trajectory, Usage(), one.checks)
-    except (SandboxError, DatabaseError, ZstdError) as error:
+        return await verifier.verify(one.problem, one.trajectory, Usage(), one.checks)
+    except SandboxError as error:
         return str(error)
 
 
-def _read(db: Database, id: int) -> Trajectory:
-    with db.session() as session:
+def _read(session: Session, id: int) -> Trajectory | str:
+    try:
         return read(session, id)
+    except (DatabaseError, ZstdError) as error:
+        return str(error)
 
 
 def _write(db: Database, found: Mapping[int, Sequence[Verdict]]) -> None:
