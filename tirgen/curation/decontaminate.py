@@ -9,8 +9,9 @@ ngram   runs of `n` words of the benchmark item stand in the problem, and cover 
 near    the cosine of the two bags of words, weighted by how rare each word is (TF-IDF), reaches
         `near`. This is what finds a paraphrase.
 
-Both of the latter also ask for the same numbers: a template filled with others is another problem,
-which a benchmark does not ask. An item with few numbers must agree more in its words.
+Both of the latter also ask for the item's numbers, `ngram` for all of them, `near` for most: a
+template filled with others is another problem, which a benchmark does not ask. An item with few
+numbers must agree more in its words.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class Decontaminate(Filter):
         default=0.85, gt=0, le=1, description="The same for items whose numbers tell little."
     )
     same_numbers: float = Field(
-        default=0.8, ge=0, le=1, description="Share of the numbers that must be the same."
+        default=0.8,
+        ge=0,
+        le=1,
+        description="near: share of the numbers of both that must be the same.",
     )
     min_words: int = Field(
         default=8, ge=1, description="Shorter items are compared exactly, and not otherwise."
@@ -163,10 +167,8 @@ class _Compared:
         shared, templates = self._shared(found)
         told = numbers(found)
         for item, coverage, span in shared:
-            # All of the item may stand inside a longer problem, so only its own numbers count.
-            have = (told & item.numbers).total() / max(item.numbers.total(), 1)
-            same_numbers = have >= self.filter.same_numbers or not item.numbers
-            if coverage >= self.filter.coverage and same_numbers:
+            # It may stand inside a longer problem: what counts is that all of its numbers do.
+            if coverage >= self.filter.coverage and item.numbers <= told:
                 return _hit("ngram", item, coverage, span)
         for score, number in near:
             item = self.filter.items[number]
