@@ -2,7 +2,7 @@
 
 Requests, replies, and what they mean in our outcomes. What we add is ignored by others: `seed` in
 a request, and our whole result under `tirgen` in a reply, so that nothing is lost between two of
-ours. A foreign reply knows less: CPU time, memory and bytes cut are then 0 and the tier `remote`.
+ours. A foreign reply knows less: memory and bytes cut are then 0, and the tier is `remote`.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def reply_body(result: RunResult) -> dict[str, Any]:
         case Outcome.INFRASTRUCTURE_ERROR:
             status, command = RunStatus.SANDBOX_ERROR, CommandStatus.ERROR
             message = result.stderr or "the sandbox failed"
-    run = {"status": command, "execution_time": result.duration, "return_code": return_code,
-           "stdout": result.stdout, "stderr": result.stderr}  # fmt: skip
+    run = {"status": command, "execution_time": result.duration, "cpu_time": result.cpu_time,
+           "return_code": return_code, "stdout": result.stdout, "stderr": result.stderr}  # fmt: skip
     return {"status": status, "message": message, "compile_result": None, "run_result": run,
             "executor_pod_name": None, "files": {}, OURS: asdict(result)}  # fmt: skip
 
@@ -97,6 +97,7 @@ def _exit_status(error: CodeError | None) -> int:
 class _Command(BaseModel):
     status: CommandStatus
     execution_time: float | None = None
+    cpu_time: float | None = None  # newer servers
     return_code: int | None = None
     stdout: str | None = None
     stderr: str | None = None
@@ -159,7 +160,7 @@ def _foreign_result(status: RunStatus, command: _Command) -> RunResult:
         stderr = _without_script_path(stderr)
         error = _error_in(stderr, command.return_code)
     return RunResult(outcome, stdout, stderr, error, Tier.REMOTE, command.execution_time or 0.0,
-                     0.0, 0, 0)  # fmt: skip
+                     command.cpu_time or 0.0, 0, 0)  # fmt: skip
 
 
 _FRAME = re.compile(r'^\s+File "([^"]+)", line (\d+)', re.MULTILINE)
