@@ -64,7 +64,7 @@ class Grader:
         budget: float = jail.BUDGET,
     ) -> None:
         self._zygotes = zygotes or len(os.sched_getaffinity(0))
-        self._minimum_tier, self._judge, self._budget = minimum_tier, judge, budget
+        self._minimum_tier, self._judge, self.budget = minimum_tier, judge, budget
         self._sandbox: Sandbox | None = None
         self._workers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -159,7 +159,7 @@ class Grader:
     def _run(self, sandbox: Sandbox, pairs: list[Pair]) -> list[Decision]:
         """Decisions on the first pairs, at least one. The budget is for all: what one of them
         used up is given again to those behind it."""
-        result = sandbox.run(jail.program(pairs), timeout=jail.cpu(self._budget))
+        result = sandbox.run(jail.program(pairs), timeout=jail.cpu(self.budget))
         if result.outcome is Outcome.INFRASTRUCTURE_ERROR:
             raise SandboxError(f"The sandbox failed while grading: {result.stderr}")
         decisions = jail.decisions(result.stdout, len(pairs))
@@ -168,7 +168,7 @@ class Grader:
         if decisions and len(pairs) > 1:
             return decisions  # the next one begins the next run, with a budget of its own
         if result.outcome is Outcome.TIMEOUT:
-            reason = f"not decided within {self._budget:g} s"
+            reason = f"not decided within {self.budget:g} s"
         else:
             reason = f"the jail ended: {result.error.type if result.error else result.outcome}"
         return [undecided(Stage.CAPS, reason)]
@@ -178,7 +178,7 @@ class Grader:
             if self._workers is None:
                 raise SandboxError("The grader is closed.")
             if self._sandbox is None:
-                sandbox = jail.sandbox(self._zygotes, self._minimum_tier, self._budget)
+                sandbox = jail.sandbox(self._zygotes, self._minimum_tier, self.budget)
                 sandbox.open()
                 self._sandbox = sandbox
             return self._sandbox
