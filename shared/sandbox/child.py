@@ -8,6 +8,7 @@ read as a claim of the run about itself.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import io
 import json
@@ -40,7 +41,7 @@ def main(
     """`fds`: code (or a session's socket), stdout, stderr, facts. Never returns, whatever happens:
     the caller's stack is the zygote's. An error before the model's code starts is told in place of
     STARTED."""
-    facts = fds[3]
+    leave, status, facts = os._exit, 70, fds[3]  # by names that model code does not reach
     try:
         confine.die_with_parent(jail.zygote)
         session = bool(request.get("session"))
@@ -56,22 +57,21 @@ def main(
         if session:
             cells.serve(jail, module)
         os.write(facts, STARTED)
+        status = _execute(module, source)
     except BaseException as error:  # noqa: BLE001  last resort of a process that must not go on
         os.write(facts, f"E{type(error).__name__}: {error}".encode())
-        os._exit(70)
-    _execute(module, source)
+    finally:
+        leave(status)
 
 
-def _execute(module: types.ModuleType, source: bytes) -> NoReturn:
-    """Run a whole program in `module`, then end the process as an interpreter would."""
-    status = 1
-    try:
-        status = run_source(module, source, FACTS)
+def _execute(module: types.ModuleType, source: bytes) -> int:
+    """Run a whole program in `module`, and end it as an interpreter would. Its exit status."""
+    status = run_source(module, source, FACTS)
+    with contextlib.suppress(BaseException):  # what exit handlers raise changes nothing
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at exit
         atexit._run_exitfuncs()
-        flush()
-    finally:
-        os._exit(status)
+    flush()
+    return status
 
 
 def run_source(
@@ -123,7 +123,8 @@ def _report(facts: int, error: BaseException) -> None:
     except BaseException as second:  # noqa: BLE001  its __str__ may raise anything, or memory is out
         body = {"type": type(error).__name__[:200], "message": type(second).__name__, "line": None,
                 "traceback": ""}  # fmt: skip
-    os.write(facts, json.dumps(body).encode()[:_MAX_FACTS])
+    with contextlib.suppress(OSError):  # it has closed it
+        os.write(facts, json.dumps(body).encode()[:_MAX_FACTS])
 
 
 def flush() -> None:
@@ -140,7 +141,7 @@ def read_all(fd: int) -> bytes:
 
 def arrange_descriptors(*fds: int) -> None:
     """Make `fds` the descriptors 0, 1, 2, …, and close every other one."""
-    lifted = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 32) for fd in fds]
+    lifted = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)) for fd in fds]
     for target, fd in enumerate(lifted):
         os.dup2(fd, target, inheritable=target <= 2)
     os.closerange(len(fds), 1 << 16)

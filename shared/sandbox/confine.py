@@ -220,8 +220,8 @@ def seccomp(*, forks: bool, writes: bool) -> None:
 
 def supervise() -> int:
     """From here on, starting a thread and forking beside oneself (CLONE_PARENT) wait, in every
-    process forked from this one, for the holder of the returned descriptor (see `permit`)."""
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    process forked from this one, for the holder of the returned descriptor (see `permit`). After
+    `isolate`."""
     program = [
         (_LOAD, 0, 0, _ARCH),
         (_EQUAL, 0, 5, syscalls.AUDIT_ARCH),

@@ -235,15 +235,19 @@ class Session:
         number = host.next_number()
         on = self._cells[depth - 1].state if depth else 0
         body: dict[str, object] = {"cell": number, "on": on}
-        with sandbox.a_zygote(host.zygote), Watch(sandbox.limits, timeout, cancel.fd) as watch:
-            with host.ask(body, code, watch) as status:
-                end = watch.until_end(status)
-            try:
-                result = watch.result(sandbox.tier, sandbox.hide)
-            except LostError as error:
-                if depth == 0:
-                    raise
-                raise BrokenError(str(error)) from error  # it started in what earlier cells left
+        try:
+            with sandbox.a_zygote(host.zygote), Watch(sandbox.limits, timeout, cancel.fd) as watch:
+                with host.ask(body, code, watch) as status:
+                    end = watch.until_end(status)
+                host.zygote.note(end)
+                try:
+                    result = watch.result(sandbox.tier, sandbox.hide)
+                except LostError as error:
+                    raise BrokenError(str(error)) from error
+        except BrokenError as error:
+            if depth:
+                raise  # it started in what earlier cells left
+            raise LostError(str(error)) from error  # no model code was there to break anything
         if end.kept and result.outcome in _SUCCESS:
             return result, _Cell(code, timeout, _digest(result), number, end.held)
         host.drop([number])

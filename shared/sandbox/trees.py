@@ -23,6 +23,7 @@ def remove_tree(top: Path) -> None:
             with os.scandir(entry.path) as inner:
                 for item in list(inner):
                     if item.is_dir(follow_symlinks=False):
+                        Path(item.path).chmod(0o700)  # to move a directory is to write in it
                         Path(item.path).rename(top / f".flat{flattened}")
                         flattened, pending = flattened + 1, True
                     else:

@@ -122,6 +122,7 @@ class Zygote:
             open_files=limits["open_files"],
         )
         if tier is not Tier.D:
+            confine.isolate()
             listener = confine.supervise()
             self.watch(listener, lambda: confine.permit(listener, self._decide))
             for session in (False, True):
@@ -249,7 +250,11 @@ class Zygote:
             directory.mkdir(mode=0o700)
         pid = os.fork()
         if pid == 0:
-            os._exit(child.try_forbidden(self.jail, directory, session=session))
+            found = 17
+            try:
+                found = child.try_forbidden(self.jail, directory, session=session)
+            finally:
+                os._exit(found)
         _, status = os.waitpid(pid, 0)
         if directory is not None:
             remove_tree(directory)
