@@ -77,8 +77,14 @@ def reply_body(result: RunResult) -> dict[str, Any]:
         case Outcome.INFRASTRUCTURE_ERROR:
             status, command = RunStatus.SANDBOX_ERROR, CommandStatus.ERROR
             message = result.stderr or "the sandbox failed"
-    run = {"status": command, "execution_time": result.duration, "cpu_time": result.cpu_time,
-           "return_code": return_code, "stdout": result.stdout, "stderr": result.stderr}  # fmt: skip
+    run = {
+        "status": command,
+        "execution_time": result.duration,
+        "cpu_time": result.cpu_time,
+        "return_code": return_code,
+        "stdout": result.stdout,
+        "stderr": result.stderr,
+    }
     return {"status": status, "message": message, "compile_result": None, "run_result": run,
             "executor_pod_name": None, "files": {}, OURS: asdict(result)}  # fmt: skip
 
