@@ -78,8 +78,11 @@ class Context(Protocol):
         """Of each row, how often the samples of its problem were right in `runs`.
 
         Without names: with the tool, in the row's own run; else in all runs of its model without
-        the tool. 0/0 where there are none. Raises ConfigError where no such run is.
+        the tool. 0/0 where there are none.
         """
+
+    def require_runs(self, runs: Sequence[str], *, tool: bool) -> None:
+        """Raises ConfigError where `rates` would have no run to look at."""
 
 
 class Sieve(Protocol):
@@ -235,6 +238,9 @@ class OfExample:
     def rates(self, rows: Sequence[Row], runs: Sequence[str], *, tool: bool) -> list[Rate]:
         solved = [self.example.rows[row.id - 1].solved or (0, 0) for row in rows]
         return [Rate(k, n) for k, n in solved]
+
+    def require_runs(self, runs: Sequence[str], *, tool: bool) -> None:
+        """Examples bring their rates with them."""
 
 
 def failures(filter: Filter) -> Iterator[str]:

@@ -30,6 +30,7 @@ class Difficulty(Filter):
     unmeasured: Literal["drop", "keep"] = "drop"
 
     def sieve(self, context: Context) -> Sieve:
+        context.require_runs(self.runs, tool=True)
         return _Rated(self, context, tool=True)
 
     def rated(self, rate: Rate) -> Decision:
@@ -55,6 +56,7 @@ class CotSolvable(Filter):
     unmeasured: Literal["drop", "keep"] = "drop"
 
     def sieve(self, context: Context) -> Sieve:
+        context.require_runs(self.runs, tool=False)
         return _Rated(self, context, tool=False)
 
     def rated(self, rate: Rate) -> Decision:

@@ -35,6 +35,17 @@ class Stored:
                 rated |= {row.id: found.get(row.problem_key, Rate(0, 0)) for row in some}
         return [rated[row.id] for row in rows]
 
+    def require_runs(self, runs: Sequence[str], *, tool: bool) -> None:
+        with self._db.session() as session:
+            if runs:
+                _named(session, runs)
+            elif not tool and session.scalar(select(RunRow.id).where(without_tool())) is None:
+                raise ConfigError(
+                    "no run without the tool says what the reasoner solves alone",
+                    where="filter cot_solvable",
+                    remedy="sample it: tirgen generate FILE --no-tool --samples 4 --run NAME",
+                )
+
     def _grouped(
         self, session: Session, rows: Sequence[Row], runs: Sequence[str], tool: bool
     ) -> Iterator[tuple[list[int], list[Row]]]:
@@ -54,12 +65,6 @@ class Stored:
             reasoner = RunRow.config["reasoner"]["endpoint"]["model"].as_string()
             wanted = select(RunRow.id).where(without_tool(), reasoner == model)
             self._alone[model] = list(session.scalars(wanted))
-        if not self._alone[model]:
-            raise ConfigError(
-                f"nothing was measured without the tool with the model {model!r}",
-                where="filter cot_solvable",
-                remedy="sample it first: tirgen generate FILE --no-tool --samples 4 --run NAME",
-            )
         return self._alone[model]
 
 
@@ -90,11 +95,8 @@ def measured(session: Session, runs: Sequence[int], problems: Sequence[str]) -> 
 
 
 def _named(session: Session, names: Sequence[str]) -> list[int]:
-    found = dict(
-        session.execute(select(RunRow.name, RunRow.id).where(RunRow.name == func.any(list(names))))
-        .tuples()
-        .all()
-    )
+    wanted = select(RunRow.name, RunRow.id).where(RunRow.name == func.any(list(names)))
+    found = {name: id for name, id in session.execute(wanted)}  # noqa: C416 (a Row is no pair)
     missing = [name for name in names if name not in found]
     if missing:
         remedy = "`tirgen runs` lists them"
