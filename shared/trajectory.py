@@ -197,20 +197,21 @@ class Trajectory:
 
 def _plain(value: Any, real: Callable[[float], Any] = float) -> Any:
     """Dataclasses as dictionaries, tuples as lists, without the copies that `asdict` makes."""
-    names = _FIELDS.get(type(value))
+    kind = type(value)
+    names = _FIELDS.get(kind)
     if names is not None:
         return {
             name: one if type(one := getattr(value, name)) in _LEAVES else _plain(one, real)
             for name in names
         }
-    if isinstance(value, float):
-        return real(value)
-    if isinstance(value, dict):
+    if kind is dict:
         return {
             key: one if type(one) in _LEAVES else _plain(one, real) for key, one in value.items()
         }
-    if isinstance(value, list | tuple):
+    if kind is tuple or isinstance(value, list | tuple):
         return [one if type(one) in _LEAVES else _plain(one, real) for one in value]
+    if isinstance(value, float):
+        return real(value)
     if isinstance(value, Mapping):
         return _plain(dict(value), real)
     return value

@@ -142,7 +142,7 @@ def add_verdicts(session: Session, verdicts: Iterable[tuple[int, Verdict]]) -> N
             "passed": verdict.passed,
             "version": verdict.version,
             "reason": clean(verdict.reason)[0],
-            "evidence": clean(verdict.evidence)[0],
+            "evidence": verdict.evidence,
             "duration": verdict.duration,
         }
         for trajectory_id, verdict in verdicts
@@ -153,7 +153,7 @@ def add_verdicts(session: Session, verdicts: Iterable[tuple[int, Verdict]]) -> N
 def write_usage(session: Session, run_id: int, spent: Iterable[tuple[int, int, RoleUsage]]) -> None:
     """What attempts cost: (item, attempt, usage) each."""
     rows = (
-        {"run_id": run_id, "item_id": item_id, "attempt": attempt, **asdict(usage)}
+        {"run_id": run_id, "item_id": item_id, "attempt": attempt, **_fields(usage)}
         for item_id, attempt, usage in spent
     )
     copy_in(session, UsageRow, rows)
@@ -162,7 +162,8 @@ def write_usage(session: Session, run_id: int, spent: Iterable[tuple[int, int, R
 def copy_in(session: Session, table: type[Base], rows: Iterable[Mapping[str, Any]]) -> None:
     """Insert rows by COPY, in the session's transaction: several times as fast as INSERT.
 
-    Every row has the same keys, in the same order. Raises psycopg's errors, unwrapped.
+    Every row has the same keys, in the same order. JSON is cleaned, texts must be clean already.
+    Raises psycopg's errors, unwrapped.
     """
     listed = iter(rows)
     first = next(listed, None)
@@ -177,6 +178,7 @@ def copy_in(session: Session, table: type[Base], rows: Iterable[Mapping[str, Any
     )
     with connection.cursor() as cursor:
         cursor.adapters.register_dumper(None, _TextArray)
+        cursor.adapters.register_dumper(None, _Json)
         with cursor.copy(statement) as copy:
             copy.set_types([str(column.type.compile(_DIALECT)).lower() for column in columns])
             copy.write_row(tuple(first.values()))
@@ -288,6 +290,10 @@ def _step_row(trajectory_id: int, position: int, step: Step) -> dict[str, Any]:
     }
 
 
+def _fields(usage: RoleUsage) -> dict[str, Any]:
+    return {name: getattr(usage, name) for name in RoleUsage.__slots__}
+
+
 def _canonical(value: Trajectory | Mapping[str, Any]) -> tuple[bytes, bool]:
     """Canonical JSON of the cleaned value, and whether cleaning changed it.
 
@@ -301,6 +307,16 @@ def _canonical(value: Trajectory | Mapping[str, Any]) -> tuple[bytes, bool]:
         return plain, False
     cleaned, changed = clean(value.body() if isinstance(value, Trajectory) else value)
     return canonical_json(cleaned), changed
+
+
+class _Json(Dumper):
+    """jsonb for COPY: its version, then the text."""
+
+    format = pq.Format.BINARY
+    oid = 3802
+
+    def dump(self, obj: Mapping[str, Any]) -> bytes:
+        return b"\x01" + _canonical(obj)[0]
 
 
 class _TextArray(Dumper):
