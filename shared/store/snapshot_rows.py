@@ -17,6 +17,8 @@ from shared.trajectory import Problem, Trajectory
 
 PAGE = 256  # rows that are read at a time: a few MB
 
+UNREADABLE = (zstandard.ZstdError, ValueError, KeyError, TypeError)  # what `decode` may raise
+
 
 class StoredRow(NamedTuple):
     """One row as a database or a folder holds it, nothing of it checked yet."""
@@ -101,7 +103,7 @@ def trajectory_entry(row: StoredRow, where: str) -> TrajectoryEntry:
         raise _altered("its trajectory", row, where)
     try:
         trajectory = decode(body)
-    except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise _altered("its trajectory", row, where) from error
     return TrajectoryEntry(row.position, row.split, problem, trajectory, row.content_hash or "")
 

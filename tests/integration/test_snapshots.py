@@ -315,9 +315,10 @@ def test_what_cannot_be_frozen_is_refused_before_anything_is_written(made: Snaps
 
 def test_a_damaged_trajectory_is_not_frozen(own: Snapshots) -> None:
     forged = trajectories.encode(stored.trajectory(7, "forged")).body
-    frozen.alter(own.db, "UPDATE trajectories SET body = :body WHERE id = 3", body=forged)
-    with pytest.raises(DatabaseError, match="content hash"):
-        own.create("a")
+    for body in (forged, forged[:-1], b""):
+        frozen.alter(own.db, "UPDATE trajectories SET body = :body WHERE id = 3", body=body)
+        with pytest.raises(DatabaseError, match="content hash"):
+            own.create("a")
 
 
 def test_a_funnel_that_does_not_add_up_is_refused(

@@ -50,9 +50,11 @@ def create(
     tirgen snapshot create gsm-v1 --where 'run == "gsm" and vetted' --filters paper --seed 1
     """
     shares = splits.parse(split)
-    made = _snapshots().create(
-        name, where=where, filters=filters, seed=seed, kind=kind, splits=shares
-    )
+    snapshots = _snapshots()
+    with console.status("Selecting, filtering, freezing ..."):
+        made = snapshots.create(
+            name, where=where, filters=filters, seed=seed, kind=kind, splits=shares
+        )
     _print(made, format)
 
 
@@ -103,7 +105,9 @@ def verify(
     format: Output = Format.TABLE,
 ) -> None:
     """Check that nothing was altered; exit code 1 if anything was."""
-    found = _snapshots().verify(name, execute)
+    snapshots = _snapshots()
+    with console.status("Checking every row ..."):
+        found = snapshots.verify(name, execute)
     if format is Format.JSON:
         typer.echo(json_text(_report_json(found), indent=2))
     else:
@@ -119,7 +123,9 @@ def export(
     to: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
 ) -> None:
     """Write Parquet shards with checksums and a dataset card; `load_dataset(DIR)` reads them."""
-    record = _snapshots().export(name, to)
+    snapshots = _snapshots()
+    with console.status("Exporting ..."):
+        record = snapshots.export(name, to)
     console.print(f"{record.n_rows} rows in {to}, digest {record.digest}", markup=False,
                   highlight=False)  # fmt: skip
 
@@ -129,7 +135,9 @@ def import_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="As `export` wrote it.")],
 ) -> None:
     """Bring an exported snapshot into this database: same rows, same name, same digest."""
-    record = _snapshots().import_(folder)
+    snapshots = _snapshots()
+    with console.status("Checking and importing ..."):
+        record = snapshots.import_(folder)
     console.print(f"{record.name}: {record.n_rows} rows, digest {record.digest}", markup=False,
                   highlight=False)  # fmt: skip
 

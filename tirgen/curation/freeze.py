@@ -28,6 +28,7 @@ from shared.store.models import (
     SnapshotRunRow,
     TrajectoryRow,
 )
+from shared.store.snapshot_rows import UNREADABLE
 from shared.store.snapshots import COLUMNS, Record
 from shared.store.trajectories import copy_in, decode
 from shared.trajectory import Check, clean, content_hash
@@ -132,71 +133,73 @@ def create(db: Database, request: Request) -> Record:
 
 
 class _Rows:
-    """The rows to be: which, in what order, in which split; written batch by batch."""
+    """The rows to be: which, in what order, in which split; written batch by batch.
+
+    Of a row, only its place and its subject (a trajectory's id or a problem's key) are held.
+    """
 
     def __init__(
-        self, session: Session, request: Request, facts: Sequence[_Fact], filters: Sequence[str]
+        self, session: Session, request: Request, facts: Iterable[_Fact], filters: Sequence[str]
     ) -> None:
         self._session, self._request, self._filters = session, request, list(filters)
-        self._names = list(request.shares)
-        self.run_ids = sorted({fact.run_id for fact in facts})
-        # A row: its split's index, its place in the shuffle, and what it is about.
-        drawn: Iterable[tuple[str, str, _Fact]]
-        if request.kind is SnapshotKind.PROBLEMS:
-            drawn = {f.problem_key: (f.problem_key, f.problem_key, f) for f in facts}.values()
-        else:
-            drawn = ((f.problem_key, f.content_hash, f) for f in facts)
-        self._order = sorted(
-            (
-                splits.index(problem, request.seed, request.shares),
+        run_ids: set[int] = set()
+        order: dict[int | str, tuple[int, int]] = {}
+        for fact in facts:
+            run_ids.add(fact.run_id)
+            is_problem = request.kind is SnapshotKind.PROBLEMS
+            content = fact.problem_key if is_problem else fact.content_hash
+            order[fact.problem_key if is_problem else fact.id] = (
+                splits.index(fact.problem_key, request.seed, request.shares),
                 splits.place(content, request.seed),
-                fact,
             )
-            for problem, content, fact in drawn
-        )
+        self.run_ids = sorted(run_ids)
+        self._order = sorted((*place, subject) for subject, place in order.items())
         self.n = len(self._order)
         counts = Counter(split for split, _, _ in self._order)
-        self.splits = {name: counts[i] for i, name in enumerate(self._names)}
+        self.splits = {name: counts[i] for i, name in enumerate(request.shares)}
 
     def write(self, snapshot_id: int) -> Iterator[bytes]:
         """Insert the rows; the manifest's lines as they are inserted."""
-        kind = self._request.kind
-        described = self._problems if kind is SnapshotKind.PROBLEMS else self._trajectories
+        kind, names = self._request.kind, list(self._request.shares)
         for first in range(0, self.n, BATCH):
             batch = self._order[first : first + BATCH]
-            rows = [
-                {
-                    "snapshot_id": snapshot_id, "position": first + i,
-                    "split": self._names[split], "problem_key": fact.problem_key, **own,
-                }
-                for i, ((split, _, fact), own) in enumerate(
-                    zip(batch, described([fact for _, _, fact in batch]), strict=True)
-                )
-            ]  # fmt: skip
+            subjects = [subject for _, _, subject in batch]
+            is_problems = kind is SnapshotKind.PROBLEMS
+            described = self._problems(subjects) if is_problems else self._trajectories(subjects)
+            places = [
+                {"snapshot_id": snapshot_id, "position": first + i, "split": names[split]}
+                for i, (split, _, _) in enumerate(batch)
+            ]
+            rows = [{**place, **own} for place, own in zip(places, described, strict=True)]
             copy_in(self._session, ManifestRow, rows)
             for row in rows:
                 yield ("\t".join(str(row[name]) for name in COLUMNS[kind]) + "\n").encode()
 
-    def _trajectories(self, facts: Sequence[_Fact]) -> Iterator[dict[str, Any]]:
-        ids = [fact.id for fact in facts]
-        columns = select(TrajectoryRow.id, TrajectoryRow.body).where(TrajectoryRow.id.in_(ids))
-        bodies = {row.id: row.body for row in self._session.execute(columns)}
+    def _trajectories(self, ids: Sequence[int | str]) -> Iterator[dict[str, Any]]:
+        columns = select(
+            TrajectoryRow.id, TrajectoryRow.problem_key, TrajectoryRow.content_hash,
+            TrajectoryRow.body,
+        )  # fmt: skip
+        found = self._session.execute(columns.where(TrajectoryRow.id.in_(ids)))
+        rows = {row.id: row for row in found}
         wanted = {"ids": ids, "prefix": PREFIX, "filters": self._filters}
         verdicts: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-        for row in self._session.execute(_CURRENT, wanted).mappings():
-            verdicts[row["trajectory_id"]].append(dict(row))
-        for fact in facts:
-            _check_body(fact, bodies[fact.id])
+        for verdict in self._session.execute(_CURRENT, wanted).mappings():
+            verdicts[verdict["trajectory_id"]].append(dict(verdict))
+        for id in ids:
+            row = rows[id]
+            used = verdicts[row.id]
+            _check_body(row.id, row.content_hash, row.body)
             yield {
-                "trajectory_id": fact.id,
-                "content_hash": fact.content_hash,
-                "body_hash": hashlib.sha256(bodies[fact.id]).hexdigest(),
-                "verdict_ids": [row["id"] for row in verdicts[fact.id]],
-                "verdicts_hash": snapshots.verdicts_hash(verdicts[fact.id]),
+                "problem_key": row.problem_key,
+                "trajectory_id": row.id,
+                "content_hash": row.content_hash,
+                "body_hash": hashlib.sha256(row.body).hexdigest(),
+                "verdict_ids": [verdict["id"] for verdict in used],
+                "verdicts_hash": snapshots.verdicts_hash(used),
             }
 
-    def _problems(self, facts: Sequence[_Fact]) -> Iterator[dict[str, Any]]:
-        keys = [fact.problem_key for fact in facts]
+    def _problems(self, keys: Sequence[int | str]) -> Iterator[dict[str, Any]]:
         wanted = {"keys": keys, "runs": self.run_ids, "check": Check.ANSWER.value}
         rates = {
             row.problem_key: (row.n_passed, row.n_samples)
@@ -204,7 +207,7 @@ class _Rows:
         }
         for key in keys:
             n_passed, n_samples = rates.get(key, (0, 0))
-            yield {"n_passed": n_passed, "n_samples": n_samples}
+            yield {"problem_key": key, "n_passed": n_passed, "n_samples": n_samples}
 
 
 def _selected(db: Database, where: str) -> tuple[list[int], int]:
@@ -218,16 +221,14 @@ def _these(ids: Sequence[int]) -> Select[Any]:
     return select(TrajectoryRow.id).where(TrajectoryRow.id == any_(literal(ids, ARRAY(BigInteger))))
 
 
-def _facts(session: Session, ids: Sequence[int]) -> list[_Fact]:
+def _facts(session: Session, ids: Sequence[int]) -> Iterator[_Fact]:
     columns = select(
         TrajectoryRow.id, TrajectoryRow.problem_key, TrajectoryRow.content_hash,
         TrajectoryRow.run_id,
     )  # fmt: skip
-    facts: list[_Fact] = []
     for first in range(0, len(ids), BATCH):
         wanted = columns.where(TrajectoryRow.id.in_(ids[first : first + BATCH]))
-        facts += [_Fact(*row) for row in session.execute(wanted)]
-    return facts
+        yield from (_Fact(*row) for row in session.execute(wanted))
 
 
 def _stage(name: str, before: int, after: int, version: object = "") -> dict[str, Any]:
@@ -253,9 +254,14 @@ def _check_funnel(request: Request, funnel: Sequence[Mapping[str, Any]], rows: _
         )  # fmt: skip
 
 
-def _check_body(fact: _Fact, body: bytes) -> None:
+def _check_body(id: int, frozen_hash: str, body: bytes) -> None:
     """A damaged row is found here, so that the body's own hash can stand for it from now on."""
-    if content_hash(decode(body).identity()) != fact.content_hash:
-        what = "the stored trajectory does not match its content hash"
-        where = f"trajectory {fact.id}"
-        raise DatabaseError(what, where=where, remedy="restore this row from a backup")
+    try:
+        found = content_hash(decode(body).identity())
+    except UNREADABLE as error:
+        found = repr(error)
+    if found != frozen_hash:
+        raise DatabaseError(
+            "the stored trajectory does not match its content hash",
+            where=f"trajectory {id}, {found}", remedy="restore this row from a backup",
+        )  # fmt: skip
