@@ -45,6 +45,8 @@ def compare(a: Node, b: Node) -> Decision:
     if "ratio" in (a.kind, b.kind):
         return _ratios(a, b)
     if tree.is_scalar(a) and tree.is_scalar(b):
+        if _is_lettering(a) and _is_lettering(b) and set(a.args) == set(b.args):
+            return undecided(_HERE, "the same letters in another order")
         return families.compare(a, b) or scalars.compare(a, b)
     for rule in (_intervals, _collections, _conditions, _relations):
         found = rule(a, b)
@@ -54,6 +56,11 @@ def compare(a: Node, b: Node) -> Decision:
     if len(kinds) == 2:
         return different(_HERE, f"a {kinds[0]} and a {kinds[1]}")
     return undecided(_HERE, f"no rule compares a {a.kind} with a {b.kind}")
+
+
+def _is_lettering(node: Node) -> bool:
+    """AB: a product of matrices, a vector, a word, where order counts."""
+    return node.kind == "mul" and all(n.kind == "sym" and n.name.isupper() for n in node.args)
 
 
 def _kind(node: Node) -> str:
@@ -103,10 +110,8 @@ def _scaled(node: Node) -> Node:
     """A number times a matrix or a vector."""
     vector = next(arg for arg in node.args if arg.kind in _VECTORS)
     factors = [arg for arg in node.args if arg is not vector]
-    if (
-        not all(map(tree.is_scalar, factors))
-        or (vector.value not in ("", "()")
-        and "x" not in vector.name)
+    if not all(map(tree.is_scalar, factors)) or (
+        vector.value not in ("", "()") and "x" not in vector.name
     ):
         return node
     return Node(vector.kind, vector.value, tuple(tree.mul(*factors, x) for x in vector.args))
@@ -653,7 +658,8 @@ def _proportional(a: Node, b: Node) -> Decision:
 
 
 def _points(a: Node, b: Node) -> Iterator[dict[str, Fraction]]:
-    yield from scalars.points(sorted(tree.symbols(tree.add(a, b))), False)
+    both = tree.add(a, b)
+    yield from scalars.points(sorted(tree.symbols(both)), both)
 
 
 def _inserted(node: Node, point: dict[str, Fraction]) -> Node:

@@ -700,6 +700,8 @@ class Parser:
             term = tree.replace(term, tree.IMAGINARY, index)
         if start.kind != "rel" or start.name != "=" or index.kind != "sym":
             raise UnreadableError(f"the bounds of a {name}")
+        if any(node.kind == "fn" and node.name in ("sum", "prod") for node in term):
+            raise TooMuchError("a sum of sums")
         return tree.fn(name, index, start.args[1], end, term)
 
     def fraction(self) -> Node:

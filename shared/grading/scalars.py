@@ -23,9 +23,13 @@ from shared.grading.verdict import Decision, Stage, different, equal, undecided
 
 DIGITS = 40
 MOST_DIGITS = 1300  # for constants: they are compared once, so thoroughly
-POINTS = 6  # that must agree
-TRIES = 24
-_DISCRETE = frozenset({"sum", "prod", "floor", "ceil", "factorial", "binom", "gcd", "lcm"})
+POINTS = 8  # that must agree
+TRIES = 32
+_STEPS = frozenset({"floor", "ceil", "gcd", "lcm"})
+_COUNTS = frozenset({"sum", "prod", "factorial", "binom"})
+# Where coordinates lie, in turn: what holds for small numbers alone is seen at large ones.
+_RANGES = ((0, 2), (-2, 0), (0, 9), (-9, 9), (-1000, 1000), (0, 5), (-(10**6), 10**6), (-5, 5))
+_WHOLE_RANGES = ((1, 12), (1, 40), (-30, 0), (40, 2000), (1, 100), (2000, 10**6), (-2000, 2000))
 
 
 class Sign(Enum):
@@ -98,13 +102,12 @@ def at_points(a: Node, b: Node, log_base: Fraction | None = None) -> Decision:
     names = sorted(tree.symbols(both) - tree.bound(both))
     if len(names) > MAX_SYMBOLS:
         raise TooMuchError(f"more than {MAX_SYMBOLS} variables")
-    whole = any(n.kind == "fn" and n.name in _DISCRETE for n in both)
     real = tree.IMAGINARY not in both
     bare_log = any(n.kind == "fn" and n.name == "log" for n in both)
     constant = not names and not (bare_log and log_base is None)
     for reals in (True, False) if real else (False,):
         agreed = outside = 0
-        for point in points(names, whole):
+        for point in points(names, both):
             if bare_log:
                 base = random.Random(len(point)).randrange(100, 10_000)
                 point = point | {LOG_BASE: Fraction(base) if log_base is None else log_base}
@@ -127,20 +130,25 @@ def at_points(a: Node, b: Node, log_base: Fraction | None = None) -> Decision:
     return undecided(stage, "no point was found where both have a value")
 
 
-def points(names: list[str], whole: bool) -> Iterator[dict[str, Fraction]]:
-    """Points with small positive, negative and larger coordinates, always the same ones."""
+def points(names: list[str], node: Node) -> Iterator[dict[str, Fraction]]:
+    """Points to compare at, always the same ones: whole where `node` has a function of whole
+    numbers, small where it would grow too fast."""
     if not names:
         yield {}
         return
+    functions = {n.name for n in node if n.kind == "fn"}
     draw = random.Random(20_240_607)
     for trial in range(TRIES):
         point = {}
         for name in names:
-            if whole:
+            if functions & _COUNTS:
                 point[name] = Fraction(draw.randrange(1, 12 + trial))
+            elif functions & _STEPS:
+                low, high = _WHOLE_RANGES[trial % len(_WHOLE_RANGES)]
+                point[name] = Fraction(draw.randrange(low, high))
             else:
-                low, high = ((1, 3000), (-3000, 0), (1, 900), (-9000, 9000))[trial % 4]
-                point[name] = Fraction(draw.randrange(low, high) * 2 + 1, 2018)
+                low, high = _RANGES[trial % len(_RANGES)]
+                point[name] = Fraction(2 * draw.randrange(low * 1009, high * 1009) + 1, 2018)
         yield point
 
 

@@ -5,16 +5,17 @@ No text ever reaches sympy: names of symbols are numbered, so even they are ours
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
 import sympy
 
-from shared.grading.tree import Node, symbols
+from shared.grading.tree import ONE, Node, add, mul, power, symbols
 from shared.grading.values import based
 
 _MAX_NODES = 400
-_MAX_POWER = 40  # of a sum: what is multiplied out stays small
+_MAX_TERMS = 3000  # when everything is multiplied out
 _FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
     **{
         name: getattr(sympy, name)
@@ -43,7 +44,7 @@ def is_zero(node: Node) -> bool | None:
 
     False is only said of rational functions with rational coefficients.
     """
-    if sum(1 for _ in node) > _MAX_NODES:
+    if sum(1 for _ in node) > _MAX_NODES or _terms(node) > _MAX_TERMS:
         return None
     names = {name: sympy.Symbol(f"x{n}") for n, name in enumerate(sorted(symbols(node)))}
     try:
@@ -61,6 +62,23 @@ def is_zero(node: Node) -> bool | None:
     return None
 
 
+def _terms(node: Node) -> int:
+    """At least as many terms as `node` has when it is multiplied out."""
+    most = _MAX_TERMS + 1
+    match node.kind:
+        case "add":
+            return min(most, sum(map(_terms, node.args)))
+        case "mul":
+            return min(most, math.prod(map(_terms, node.args)))
+        case "pow":
+            terms, exponent = _terms(node.args[0]), node.args[1].value
+            if terms == 1 or not isinstance(exponent, Fraction):
+                return terms
+            power = math.ceil(abs(exponent))
+            return min(most, math.comb(terms + power - 1, power)) if power < most else most
+    return max([1, *map(_terms, node.args)])
+
+
 def numerator(node: Node) -> Node | None:
     """What remains of a rational function multiplied by its denominator; None for others."""
     parts = _split(node)
@@ -68,8 +86,6 @@ def numerator(node: Node) -> Node | None:
 
 
 def _split(node: Node) -> tuple[Node, Node] | None:
-    from shared.grading.tree import ONE, add, mul, power
-
     match node.kind:
         case "num" | "sym" | "const" | "root" | "fn" | "app":
             return node, ONE
@@ -154,7 +170,7 @@ def _check_power(base: sympy.Expr, exponent: sympy.Expr) -> None:
         elif not exponent.is_Rational:
             if base.is_number and not base.is_Symbol and base != sympy.E and exponent.is_integer:
                 raise UnfitError("a power that is not written out")
-        elif abs(exponent.p) > (_MAX_POWER if base.is_Add else 10_000):
+        elif abs(exponent.p) > 10_000:
             raise UnfitError("a big power")
         if base.is_Rational and not base.is_Integer and exponent.q > 1:
             return
