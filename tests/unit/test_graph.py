@@ -107,6 +107,17 @@ def test_the_call_budget_ends_the_calls_and_not_the_trajectory() -> None:
     assert len(judged(made)) == 2, "the extractor is not asked about what cannot be run"
 
 
+def test_with_no_calls_at_all_the_reasoner_is_alone() -> None:
+    """What is sampled is what stands: nobody is asked to compute, and nothing is executed."""
+    made = case(speech(*CALCS[:2], f"S2 {BOXED}"), budgets={"calls": 0})
+    trajectory = made.run()
+    assert (trajectory.end, trajectory.n_calls) == (End.ANSWERED, 0)
+    assert trajectory.text == "".join(made.server.spoken)
+    assert judged(made) == []
+    own = case(speech("S0\n```python\nprint(1)\n```\n", BOXED), budgets={"calls": 0}).run()
+    assert (own.end, own.n_calls) == (End.OWN_BLOCK, 0)
+
+
 def test_the_step_budget_ends_the_trajectory() -> None:
     trajectory = case(speech(*CALCS), budgets={"steps": 3}).run()
     assert (trajectory.end, len(trajectory.steps)) == (End.STEP_BUDGET, 3)
