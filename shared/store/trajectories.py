@@ -169,18 +169,14 @@ def copy_in(session: Session, table: type[Base], rows: Iterable[Mapping[str, Any
     first = next(listed, None)
     if first is None:
         return
-    columns = [table.__table__.columns[name] for name in first]
+    statement, types = _copy_of(table, tuple(first))
     connection = session.connection().connection.driver_connection
     assert isinstance(connection, psycopg.Connection)
-    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
-        sql.Identifier(table.__tablename__),
-        sql.SQL(", ").join(sql.Identifier(column.name) for column in columns),
-    )
     with connection.cursor() as cursor:
         cursor.adapters.register_dumper(None, _TextArray)
         cursor.adapters.register_dumper(None, _Json)
         with cursor.copy(statement) as copy:
-            copy.set_types([str(column.type.compile(_DIALECT)).lower() for column in columns])
+            copy.set_types(types)
             copy.write_row(tuple(first.values()))
             for row in listed:
                 copy.write_row(tuple(row.values()))
@@ -307,6 +303,16 @@ def _canonical(value: Trajectory | Mapping[str, Any]) -> tuple[bytes, bool]:
         return plain, False
     cleaned, changed = clean(value.body() if isinstance(value, Trajectory) else value)
     return canonical_json(cleaned), changed
+
+
+@lru_cache
+def _copy_of(table: type[Base], names: tuple[str, ...]) -> tuple[sql.Composed, list[str]]:
+    """The COPY statement, and PostgreSQL's names for the columns' types."""
+    columns = [table.__table__.columns[name] for name in names]
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT BINARY)").format(
+        sql.Identifier(table.__tablename__), sql.SQL(", ").join(map(sql.Identifier, names))
+    )
+    return statement, [str(column.type.compile(_DIALECT)).lower() for column in columns]
 
 
 class _Json(Dumper):
