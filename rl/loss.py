@@ -43,7 +43,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """The choices of method.md 9.2 no. 1, 2, 3 and the corrections. Defaults: preset `paper`.
+    """The choices of method.md 9.2 no. 1 to 3. Defaults: the paper's, with dual clip and TIS.
 
     ratio: "token" as in the code; "sequence": the geometric mean over the row's tokens (GSPO).
     eps_low, eps_high, dual_clip: clip range 1 - eps_low .. 1 + eps_high; for A < 0 the loss is at

@@ -156,6 +156,22 @@ class Renderer:
         injected = self._after(before, self._template(messages, more=True))
         return Segment(Kind.OBSERVATION, self._around(injected, output))
 
+    def split(
+        self, ids: Sequence[int], thought: int, logprobs: Sequence[float] | None = None
+    ) -> list[Segment]:
+        """What the policy wrote in one go, as r_t and a_t: its first `thought` characters are r_t.
+
+        A token that straddles belongs to a_t. `logprobs`: the sampler's, for a rollout.
+        """
+        prefixes = range(len(ids) + 1)
+        at = bisect_right(prefixes, thought, key=lambda n: len(self._decode(ids[:n]))) - 1
+        parts = ((Kind.THOUGHT, slice(at)), (Kind.CODE, slice(at, None)))
+        return [
+            Segment(kind, tuple(ids[part]), None if logprobs is None else tuple(logprobs[part]))
+            for kind, part in parts
+            if ids[part]
+        ]
+
     def render(self, problem: str, trajectory: Trajectory) -> tuple[Segment, ...]:
         """The whole exchange. It ends with EOS if the policy ended its turn, not if it was cut.
 
@@ -193,13 +209,7 @@ class Renderer:
     def _response(self, runs: Sequence[Run], *, ended: bool) -> Iterator[Segment]:
         for number, run in enumerate(runs):
             text, thought = self._written(run, first=number == 0)
-            ids = self._encode(text)
-            at = self._within(ids, thought)
-            yield from (
-                Segment(kind, part)
-                for kind, part in ((Kind.THOUGHT, ids[:at]), (Kind.CODE, ids[at:]))
-                if part
-            )
+            yield from self.split(self._encode(text), thought)
             if run.output is not None:
                 if self.style is Format.TOOL_CALL:
                     yield Segment(Kind.EOS, (self.eos,))
@@ -217,11 +227,6 @@ class Renderer:
             return turn, len(turn)
         # The action is what the tool call adds to the same turn without one.
         return turn, _agree(turn, self._turn(Run(run.thought)))
-
-    def _within(self, ids: Sequence[int], n_chars: int) -> int:
-        """How many ids lie wholly within the first characters of their text."""
-        prefixes = range(len(ids) + 1)
-        return bisect_right(prefixes, n_chars, key=lambda n: len(self._decode(ids[:n]))) - 1
 
     def _turn(self, run: Run) -> str:
         """A run as an assistant's turn, from the end of the prompt to before the EOS."""

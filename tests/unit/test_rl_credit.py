@@ -188,7 +188,7 @@ def test_half_of_a_group_must_survive() -> None:
 
 
 def test_a_group_of_one_is_dropped() -> None:
-    """The authors' code keeps it and trains with A = R."""
+    """The authors' code keeps it, with mean 0 and std 1, and so trains with A = R."""
     for members in (group(1), [episode(1), episode(0, [ERROR])]):
         got = credit(members, replace(PAPER, min_survivors=0))
         assert not got.trains

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -47,10 +48,32 @@ def test_the_mask_is_of_what_was_sampled() -> None:
     assert not any(unmasked.learn[:3])
 
 
+def test_offsets_of_a_segment_are_not_offsets_of_the_row() -> None:
+    """Control, after the released code: an observation's span is counted from the segment before it
+    and taken out of the whole response. Observations are then trained on."""
+    response = [s for s in EXCHANGE if s.kind is not P]
+    released = [True] * sum(len(s.ids) for s in response)
+    for written, injected in pairwise(response):
+        if injected.kind is O:
+            start = len(written.ids)  # counted from the beginning of the segment before
+            released[start : start + len(injected.ids)] = [False] * len(injected.ids)
+    is_observation = [s.kind is O for s in response for _ in s.ids]
+    ours = train_row(EXCHANGE).learn[3:]
+    assert not any(learn for learn, o in zip(ours, is_observation, strict=True) if o)
+    assert any(learn for learn, o in zip(released, is_observation, strict=True) if o)
+
+
 def test_a_step_row_has_no_eos_and_no_loss_on_its_prefix() -> None:
-    row = train_row([Segment(P, (1, 2, 4, 5)), Segment(T, (6,)), Segment(C, (7, 8))])
+    """Control: a mask made from ids, up to the first EOS, takes the first pad for one (pad == eos):
+    so the released code teaches to end the turn right after the code."""
+    row = train_row([Segment(P, (1, 9, 4, 5)), Segment(T, (6,)), Segment(C, (7, 8))])
     assert row.learn == (False,) * 4 + (True,) * 3
-    assert EOS not in [i for i, learn in zip(row.ids, row.learn, strict=True) if learn]
+    longer = train_row([Segment(P, (1,)), Segment(T, tuple(range(3, 15)))])
+    batch = collate([row, longer], PAD, "padded")
+    assert EOS not in batch.labels_N[batch.row_N == 0]
+    padded = batch.ids_BT[0].tolist()
+    released = padded[4 : padded.index(EOS) + 1]
+    assert released == [6, 7, 8, EOS]
 
 
 def test_a_row_begins_with_its_prompt() -> None:

@@ -318,5 +318,20 @@ def test_any_trajectory_gives_back_its_text(steps: list[Step], qwen: bool) -> No
     assert all(s.ids for s in segments)
 
 
+@fuzz
+@given(st.lists(st.integers(3, 1009), max_size=30), st.integers(0, 60))
+def test_sampled_ids_are_split_and_never_changed(ids: list[int], thought: int) -> None:
+    """Any ids at all, halves of characters among them; log-probabilities stay with their tokens."""
+    r = renderer("nano", PAPER, False)
+    logprobs = [-0.5 * n for n in range(len(ids))]
+    segments = r.split(ids, thought, logprobs)
+    assert [i for s in segments for i in s.ids] == ids
+    assert [x for s in segments for x in s.logprobs or ()] == logprobs
+    kept = [i for s in segments if s.kind is Kind.THOUGHT for i in s.ids]
+    assert len(r.tokenizer.decode(kept)) <= thought
+    if len(kept) < len(ids):
+        assert len(r.tokenizer.decode(ids[: len(kept) + 1])) > thought
+
+
 def test_what_carries_loss_is_what_was_sampled() -> None:
     assert {Kind.THOUGHT, Kind.CODE, Kind.EOS} == SAMPLED
