@@ -14,7 +14,8 @@ import pytest
 from shared.grading import Grade, Grader, Value
 from tests.labelled import Pair, counted, grades, load, math_verify_accepts, score
 
-EVERY = 5  # Math-Verify is slow: it sees every fifth pair here, all of them in bench/
+# Math-Verify is slow, and hangs at some: here it sees every fifth pair, in bench/ all of them.
+SAMPLE = slice(4, None, 5)
 CATEGORIES = """integer decimal fraction mixed_number percent currency unit degree
 thousands_separator scientific_notation text multiple_choice ratio base set list tuple interval
 union inequality matrix assignment equation_of_a_curve surd trigonometry logarithm exponential
@@ -69,7 +70,7 @@ def test_a_right_answer_is_seldom_called_wrong(judged: Judged) -> None:
 def test_it_is_better_than_math_verify_alone_both_in_accuracy_and_in_false_positives(
     judged: Judged,
 ) -> None:
-    sample = judged[::EVERY]
+    sample = judged[SAMPLE]
     pairs = [pair for pair, _ in sample]
     ours = score(pairs, [grade.value is Value.EQUAL for _, grade in sample])["all"]
     theirs = score(pairs, math_verify_accepts(pairs, 3.0))["all"]
