@@ -146,6 +146,9 @@ STEP_FIELDS = _by_name(
     Field("duration", Kind.NUMBER, _S.duration, "seconds that its call took"),
     Field("cpu_time", Kind.NUMBER, _S.cpu_time, "of these, seconds of CPU"),
     Field("peak_memory", Kind.INTEGER, _S.peak_memory, "memory of its call, in bytes"),
+    Field("sandbox_tier", Kind.TEXT, _S.sandbox_tier, "tier of the sandbox that it ran under"),
+    Field("replayed", Kind.BOOLEAN, _S.replayed, "its session was lost and had to be made again"),
+    Field("bytes_cut", Kind.INTEGER, _S.bytes_cut, "of its output that were dropped"),
     Field("code_chars", Kind.INTEGER, _S.code_chars, "length of its code"),
     Field("imports", Kind.TEXTS, _S.imports, "top-level modules that its code imports"),
 )

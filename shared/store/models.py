@@ -247,6 +247,9 @@ class StepRow(Base):
     duration: Mapped[float | None]
     cpu_time: Mapped[float | None]
     peak_memory: Mapped[int | None] = mapped_column(BigInteger)
+    sandbox_tier: Mapped[str | None]
+    replayed: Mapped[bool | None]  # its session had been lost and was made again
+    bytes_cut: Mapped[int | None] = mapped_column(BigInteger)  # of what it printed
     code_chars: Mapped[int | None]
     imports: Mapped[list[str]]
 

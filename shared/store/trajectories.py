@@ -263,8 +263,9 @@ def _step_row(trajectory_id: int, position: int, step: Step) -> dict[str, Any]:
     call = step.call
     if call is None:
         facts = dict.fromkeys(
-            ("outcome", "error_type", "duration", "cpu_time", "peak_memory", "code_chars")
-        )
+            ("outcome", "error_type", "duration", "cpu_time", "peak_memory", "sandbox_tier",
+             "replayed", "bytes_cut", "code_chars")
+        )  # fmt: skip
         imports: list[str] = []
     else:
         result = call.result
@@ -274,6 +275,9 @@ def _step_row(trajectory_id: int, position: int, step: Step) -> dict[str, Any]:
             "duration": result.duration,
             "cpu_time": result.cpu_time,
             "peak_memory": result.peak_memory,
+            "sandbox_tier": result.tier,
+            "replayed": result.replayed,
+            "bytes_cut": result.bytes_cut,
             "code_chars": len(call.code),
         }
         imports = imported_modules(call.code)

@@ -153,6 +153,8 @@ def test_row_counts_what_the_trajectory_holds(db: Database) -> None:
             (1, True, "model_error", "ValueError", 1 << 33, ["os", "sympy"]),
             (2, False, None, None, None, []),
         ]
+        calls = session.execute(text("SELECT sandbox_tier, replayed, bytes_cut FROM steps")).all()
+        assert [tuple(c) for c in calls] == [("B", False, 0), ("A", False, 0), (None, None, None)]
         assert trajectories.read(session, trajectory_id) == trajectory()
         with pytest.raises(DatabaseError, match="no such trajectory"):
             trajectories.read(session, trajectory_id + 1)
