@@ -22,16 +22,11 @@ import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from sqlalchemy import (
-    BigInteger,
     Boolean,
     ColumnElement,
-    DateTime,
-    Double,
-    Text,
     and_,
     exists,
     false,
@@ -45,8 +40,10 @@ from sqlalchemy import (
 
 from shared.errors import ConfigError
 from shared.store.models import RunRow, StepRow, TrajectoryRow, VerdictRow
-from shared.trajectory import Check, clean
+from shared.trajectory import Check
+from tirgen import literals
 from tirgen.fields import FIELDS, FUNCTIONS, NUMBERS, STEP_FIELDS, Field, Kind
+from tirgen.literals import Plain, Unfit
 
 MAX_LENGTH = 4000  # characters; Python's own parser is safe up to there
 MAX_DEPTH = 50
@@ -107,7 +104,7 @@ _MEMBERS = (ast.List, ast.Tuple, ast.Set)
 class _Value:
     """A literal of the expression; `plain` may be None."""
 
-    plain: str | int | float | bool | None
+    plain: Plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,10 +255,9 @@ class _Translator:
         if not isinstance(part.plain, str):
             self._refuse("left of 'in FIELD' stands a text", left)
         if whole.kind is Kind.TEXTS:
-            self._check_value(whole, part.plain, left)
-            self._text_value(part.plain, left)
+            self._fit(literals.one_of, left, whole.name, whole.values, part.plain)
             return _Test(whole.sql.contains([part.plain]), not whole.nullable)
-        found = func.strpos(whole.sql, self._text_value(part.plain, left)) > 0
+        found = func.strpos(whole.sql, self._fit(literals.text, left, part.plain)) > 0
         return _Test(found, not whole.nullable)
 
     def _operand(self, node: ast.expr, depth: int) -> _Term | _Value:
@@ -344,50 +340,22 @@ class _Translator:
     def _literal_text(self, node: ast.expr, function: str) -> str:
         match node:
             case ast.Constant(value=str(text)) if text:
-                self._text_value(text, node)
+                self._fit(literals.text, node, text)
                 return text
         self._refuse(f"{function}() takes a text in quotes", node)
 
-    def _bound(self, term: _Term, value: _Value, node: ast.expr) -> ColumnElement[Any]:
-        """The literal as a parameter of the term's kind."""
-        plain = value.plain
-        if term.kind is Kind.TEXTS:
-            self._refuse(f"{term.name!r} is a list of texts: write 'x' in {term.name}", node)
-        if term.kind is Kind.TEXT and isinstance(plain, str):
-            self._check_value(term, plain, node)
-            return self._text_value(plain, node)
-        if term.kind is Kind.BOOLEAN and isinstance(plain, bool):
-            return literal(plain, Boolean())
-        if term.kind is Kind.TIME and isinstance(plain, str):
-            return self._time(plain, node)
-        if term.kind in NUMBERS and not isinstance(plain, bool):
-            if isinstance(plain, float):
-                return literal(plain, Double())
-            if isinstance(plain, int):
-                if not -(2**63) <= plain < 2**63:
-                    self._refuse("the number does not fit into 64 bits", node)
-                return literal(plain, BigInteger())
-        found = {str: "a text", bool: "True or False", type(None): "None"}.get(
-            type(plain), "a number"
-        )
-        self._refuse(f"{term.name!r} is {term.kind.article}, compared with {found}", node)
-
-    def _check_value(self, term: _Term, plain: str, node: ast.expr) -> None:
-        if term.values and plain not in term.values:
-            there = ", ".join(repr(str(v)) for v in term.values)
-            self._refuse(f"{term.name!r} is never {plain!r}", node, f"it is one of {there}")
-
-    def _text_value(self, plain: str, node: ast.expr) -> ColumnElement[str]:
-        if clean(plain)[1]:
-            self._refuse("the text has a character that no stored text has", node)
-        return literal(plain, Text())
-
-    def _time(self, plain: str, node: ast.expr) -> ColumnElement[datetime]:
+    def _fit(self, make: Callable[..., ColumnElement[Any]], node: ast.expr, *given: Any) -> Any:
+        """`make(*given)`, or its complaint with the place of `node`."""
         try:
-            time = datetime.fromisoformat(plain)
-        except ValueError as error:
-            self._refuse(f"this is no time: {error}", node, "write it like '2026-05-01 12:00'")
-        return literal(time if time.tzinfo else time.replace(tzinfo=UTC), DateTime(timezone=True))
+            return make(*given)
+        except Unfit as error:
+            self._refuse(error.what, node, error.remedy or HELP)
+
+    def _bound(self, term: _Term, value: _Value, node: ast.expr) -> ColumnElement[Any]:
+        bound: ColumnElement[Any] = self._fit(
+            literals.bound, node, term.name, term.kind, term.values, value.plain
+        )
+        return bound
 
     def _place(self, at: ast.expr | int) -> str:
         if isinstance(at, int):
