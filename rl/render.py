@@ -121,12 +121,8 @@ class Renderer:
         style: Format = Format.PAPER,
         thinking: bool = False,
     ) -> None:
-        self.tokenizer, self.profile, self.style, self.thinking = (
-            tokenizer,
-            profile,
-            style,
-            thinking,
-        )
+        self.tokenizer, self.profile = tokenizer, profile
+        self.style, self.thinking = style, thinking
         self.eos = self._turn_end()  # ends the policy's turn; rollouts stop at it
         self._eos_text = self._decode([self.eos])
         added = tokenizer.added_tokens_decoder.values()
@@ -176,7 +172,8 @@ class Renderer:
         """The whole exchange. It ends with EOS if the policy ended its turn, not if it was cut.
 
         Raises InputError for a trajectory of the other mode of thinking, for one whose steps are
-        not its text, and where a thought or code spells a special token.
+        not its text, where a thought or code spells a special token, and for one that was cut, if
+        the template has to close its last turn.
         """
         where = f"a trajectory of problem {trajectory.problem_key[:12]}"
         if trajectory.thinking is not self.thinking:
@@ -202,6 +199,12 @@ class Renderer:
                 remedy="leave the trajectory out: the text would become that token",
             )
         ended = trajectory.end in (End.ANSWERED, End.GAVE_UP)
+        if not ended and self.style is Format.TOOL_CALL:
+            raise InputError(
+                f"The trajectory was cut ({trajectory.end}); as messages it would look finished.",
+                where=where,
+                remedy="leave it out, or use the paper's format",
+            )
         return (self.prompt(problem), *self._response(runs, ended=ended))
 
     # ---- parts of a response ----------------------------------------------------------------
@@ -231,8 +234,10 @@ class Renderer:
     def _turn(self, run: Run) -> str:
         """A run as an assistant's turn, from the end of the prompt to before the EOS."""
         whole = self._template([_user(_ASKED), self._message(run)])
-        turn = self._after(self._header(_ASKED), whole)
-        return turn[: turn.rindex(self._eos_text)]
+        turn, end, _ = self._after(self._header(_ASKED), whole).rpartition(self._eos_text)
+        if not end:
+            raise self._refused("It ends a tool call by another token than an answer.")
+        return turn
 
     def _message(self, run: Run) -> dict[str, Any]:
         """A run as a message of OpenAI's form; thoughts of a thinking policy are its reasoning."""

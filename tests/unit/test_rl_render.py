@@ -200,6 +200,13 @@ REWRITING = [
         templates.QWEN25.replace("{{ m.content }}", "{{ m.content[:12] }}"),
         PAPER, False, "rendered differently", id="truncating",
     ),
+    pytest.param(
+        templates.LLAMA3_TRAINING.replace(
+            "<|eot_id|>{% endfor %}",
+            "{{ '<|endoftext|>' if m.tool_calls else '<|eot_id|>' }}{% endfor %}",
+        ),
+        TOOL, False, "another token", id="two-ends",
+    ),
     pytest.param("{{ raise_exception('no!') }}", PAPER, False, "no!", id="refusing"),
 ]  # fmt: skip
 
@@ -266,8 +273,12 @@ def test_a_policy_text_that_spells_a_special_token_is_refused(step: Step) -> Non
 @pytest.mark.parametrize("end", list(End))
 def test_eos_is_learned_only_where_the_turn_ended(end: End) -> None:
     """A policy that learns to stop where a budget cut it learns to give up."""
-    segments = renderer("nano", PAPER, False).render("?", trajectory(Step("a"), end=end))
-    assert (segments[-1].kind is Kind.EOS) is (end in (End.ANSWERED, End.GAVE_UP))
+    ended, cut = end in (End.ANSWERED, End.GAVE_UP), trajectory(Step("a"), end=end)
+    segments = renderer("nano", PAPER, False).render("?", cut)
+    assert (segments[-1].kind is Kind.EOS) is ended
+    if not ended:  # a template would close the turn, and the thinking, as if the policy had
+        with pytest.raises(InputError, match="was cut"):
+            renderer(templates.QWEN25, TOOL, False).render("?", cut)
 
 
 def test_thinking_begins_once() -> None:
