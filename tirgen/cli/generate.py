@@ -121,6 +121,7 @@ def generate(
             unsolved_by=unsolved_by, max_rate=max_rate,
         )  # fmt: skip
     name = run or f"{run_prefix}-{datetime.now():%m%d-%H%M%S}"
+    _announce_sandbox(client, chosen)
     client.generate(problems, config=chosen, run=name, samples=samples, limit=limit, slots=slots)
     _watch(client, name, detach)
 
