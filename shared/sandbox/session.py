@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import os
 import socket
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -108,13 +109,14 @@ class _Host:
 
 
 class Session:
-    """Made by `Sandbox.session`; use it in a `with` block. One cell at a time."""
+    """Made by `Sandbox.session`; use it in a `with` block. Cells run one after the other."""
 
     def __init__(self, sandbox: Sandbox, seed: int) -> None:
         self._sandbox, self._seed = sandbox, seed
         self._cells: list[_Cell] = []
         self._host: _Host | None = None
         self._open = False
+        self._turn = threading.Lock()  # a cancelled cell may still be dying when the next one comes
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -128,9 +130,10 @@ class Session:
         self._open = True
 
     def close(self) -> None:
-        """End every state."""
-        self._open = False
-        self._lose()
+        """End every state, after the cell that runs."""
+        with self._turn:
+            self._open = False
+            self._lose()
 
     def __enter__(self) -> Session:
         self.open()
@@ -165,21 +168,22 @@ class Session:
 
     def rollback(self, cells: int) -> None:
         """Forget the last `cells` successful cells. Raises ValueError if there are fewer."""
-        if not 0 <= cells <= self.depth:
-            raise ValueError(f"cannot take back {cells} of {self.depth} cells")
-        keep = self.depth - cells
-        forgotten = [cell.state for cell in self._cells[keep:] if cell.state is not None]
-        del self._cells[keep:]
-        if self._host is not None:
-            self._host.drop(forgotten)
+        with self._turn:
+            if not 0 <= cells <= self.depth:
+                raise ValueError(f"cannot take back {cells} of {self.depth} cells")
+            keep = self.depth - cells
+            forgotten = [cell.state for cell in self._cells[keep:] if cell.state is not None]
+            del self._cells[keep:]
+            if self._host is not None:
+                self._host.drop(forgotten)
 
     # ---- inside ----------------------------------------------------------------------------------
 
     def _run(self, code: str, timeout: float, cancel: Cancel) -> RunResult:
-        if not self._open:
-            raise SandboxError("The session is not open.", remedy="use it in a `with` block")
         replayed = False
-        with self._sandbox.admitted(cancel):
+        with self._turn, self._sandbox.admitted(cancel):
+            if not self._open:
+                raise SandboxError("The session is not open.", remedy="use it in a `with` block")
             for attempt in range(2):
                 try:
                     replayed |= self._catch_up(cancel)

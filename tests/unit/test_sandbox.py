@@ -288,7 +288,8 @@ def test_when_the_owner_is_killed_everything_dies(tier: Tier, tmp_path: Path) ->
         "import sys, time, threading\nfrom shared.sandbox import Sandbox, Tier, launcher, pool\n"
         f"pool.TIERS = (Tier.{tier.name},)\n"
         f"launcher.ENVIRONMENT['TMPDIR'] = {str(tmp_path)!r}\n"
-        "s = Sandbox(zygotes=1, preload=(), warmup=''); s.open()\n"
+        "s = Sandbox(zygotes=2, preload=(), warmup=''); s.open()\n"
+        "c = s.session(); c.open(); c.run('x = 1'); c.run('x = 2')\n"
         "threading.Thread(target=s.run, args=('import time; time.sleep(1000)',),"
         " kwargs={'timeout': 900}).start()\n"
         "print('ready', flush=True)\ntime.sleep(1000)\n"
@@ -296,7 +297,7 @@ def test_when_the_owner_is_killed_everything_dies(tier: Tier, tmp_path: Path) ->
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert owner.stdout is not None
     assert owner.stdout.readline() == b"ready\n"
-    wanted = 3 if tier is Tier.A else 2  # (launcher,) zygote, run
+    wanted = 6 if tier is Tier.A else 5  # (launcher,) zygote, three states, run
     root = psutil.Process(owner.pid)
     eventually(lambda: len(root.children(recursive=True)) >= wanted)
     processes = root.children(recursive=True)

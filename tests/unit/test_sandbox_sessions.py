@@ -260,6 +260,29 @@ def test_async_cells_and_a_cancelled_cell_keeps_the_state(sandbox: Sandbox) -> N
     asyncio.run(main())
 
 
+def test_a_cancelled_cell_is_over_before_the_next_one_begins_or_the_session_closes() -> None:
+    """With places to spare, so that nothing but the session itself makes them wait."""
+
+    async def main() -> None:
+        async with Sandbox(zygotes=4, preload=(), warmup="") as spacious:
+            async with spacious.session() as cells:
+                await cells.arun("x = 1")
+                for _ in range(5):
+                    loop = asyncio.create_task(cells.arun("x = 2\nwhile True: pass", timeout=500))
+                    await asyncio.sleep(0)
+                    loop.cancel()
+                    assert (await cells.arun("print(x)")).stdout == "1\n"
+                last = asyncio.create_task(cells.arun("while True: pass", timeout=500))
+                await asyncio.sleep(0)
+                last.cancel()
+            with pytest.raises(SandboxError, match="not open"):
+                await cells.arun("print(1)")
+            (zygote,) = spacious._all
+            assert zygote.sessions == 0
+
+    asyncio.run(main())
+
+
 def test_a_closed_session_refuses(sandbox: Sandbox) -> None:
     with sandbox.session() as cells:
         pass
