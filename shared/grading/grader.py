@@ -24,7 +24,7 @@ from shared.grading import exact, jail
 from shared.grading.verdict import Decision, Stage, Value, undecided
 from shared.sandbox import Outcome, Sandbox, Tier
 
-VERSION = f"2+math-verify-{version('math-verify')}"
+VERSION = f"2.{jail.fingerprint()}+math-verify-{version('math-verify')}"
 BATCH = 16  # pairs that share one fork
 _REMEMBERED = 4096
 

@@ -7,6 +7,7 @@ order of their imports. Model text travels as a JSON literal in the program, and
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import zlib
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from shared.sandbox import Limits, Sandbox, Tier
 
 BUDGET = 5.0  # seconds of wall time for one pair
 _CPU_SHARE = 0.6  # of the budget: on a quiet machine CPU time ends it, so that load decides nothing
-_MODULES = ("caps", "words", "verdict", "tree", "tokens", "units", "parse", "forms", "values",
-            "symbolic", "scalars", "families", "reals", "equal", "opinion", "inside")  # fmt: skip
+_MODULES = ("caps", "words", "tree", "verdict", "tokens", "units", "matrices", "cursor", "commands",
+            "atoms", "parse", "forms", "values", "symbolic", "scalars", "families", "reals",
+            "settle", "labels", "naming", "items", "relations", "equal", "opinion",
+            "inside")  # fmt: skip
 _PRELOAD = ("sympy", "mpmath", "math_verify", "latex2sympy2_extended")
 _LOADER = """
 import base64, json, sys, types, zlib
@@ -81,6 +84,15 @@ def sandbox(zygotes: int, minimum_tier: Tier, budget: float) -> Sandbox:
         warmup=warmup,
         limits=HardWall(budget=budget),
     )
+
+
+def fingerprint() -> str:
+    """Of everything that decides: a rule cannot change without it."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in (*_MODULES, "exact", "extract"):
+        digest.update((here / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def program(pairs: list[tuple[str, str]]) -> str:

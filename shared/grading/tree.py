@@ -18,7 +18,7 @@ Statements
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -102,8 +102,26 @@ def replace(node: Node, old: Node, new: Node) -> Node:
     return node if args == node.args else Node(node.kind, node.value, args)
 
 
+def mapped(node: Node, kind: str, change: Callable[[Node], Node]) -> Node:
+    """`node` with every topmost part of a kind changed."""
+    if node.kind == kind:
+        return change(node)
+    return Node(node.kind, node.value, tuple(mapped(arg, kind, change) for arg in node.args))
+
+
+def components(node: Node) -> tuple[Node, ...] | None:
+    """Of what may be a tuple or a vector."""
+    if node.kind in ("tuple", "matrix") or (node.kind == "bracket" and node.name == "()"):
+        return node.args
+    return None
+
+
+def kind(node: Node) -> str:
+    """Of which sort an answer is, for people."""
+    return "scalar" if is_scalar(node) else node.kind
+
+
 SCALARS = frozenset("num sym const add mul pow root fn app deg percent based ratio pm".split())
-_SCALAR_INNER = SCALARS - {"ratio"}
 
 
 def is_scalar(node: Node) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+
+from shared.grading.tree import Node
 
 
 class Value(StrEnum):
@@ -42,6 +44,10 @@ class Decision:
     def at(self, stage: Stage) -> Decision:
         """This decision, as one of which `stage` was a part."""
         return Decision(self.value, max(self.stage, stage, key=_ORDER.__getitem__), self.reason)
+
+
+Compare = Callable[[Node, Node], Decision]
+Rule = Callable[[Node, Node, Compare], Decision | None]
 
 
 def equal(stage: Stage, reason: str = "") -> Decision:
