@@ -28,11 +28,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
-
 from shared.store import Database, resolve_url
 from shared.store.migrate import upgrade
-from shared.store.models import RunState, TrajectoryRow
+from shared.store.models import RunState
 from shared.store.queries import Funnel, find_run, funnel
 from shared.store.trajectories import read
 from shared.trajectory import Problem, Trajectory
@@ -42,7 +40,6 @@ from tirgen.curation.chain import Chain, Curated, apply
 from tirgen.curation.chain import load as load_chain
 from tirgen.curation.problems import stored, unsolved
 from tirgen.curation.snapshots import Snapshots
-from tirgen.expression import where as condition
 from tirgen.problems import load_problems
 from tirgen.stack import Stack
 
@@ -166,7 +163,7 @@ class Client:
         Every decision is stored. Raises ConfigError for a chain or expression that is not valid.
         """
         chosen = filters if isinstance(filters, Chain) else load_chain(filters)
-        candidates = query.joined(select(TrajectoryRow.id)).where(condition(where))
+        candidates = query.candidates(self.db, where)
         return apply(self.db, chosen, candidates, seed=seed)
 
     def trajectory(self, id: int) -> Trajectory:

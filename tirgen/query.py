@@ -174,6 +174,12 @@ def matching(session: Session, expression: str) -> ColumnElement[bool]:
     return TrajectoryRow.id == any_(ids)
 
 
+def candidates(db: Database, expression: str) -> Select[Any]:
+    """The ids of the trajectories that `expression` selects, as a SELECT to run or to extend."""
+    with _reading(db) as session:
+        return joined(select(TrajectoryRow.id)).where(matching(session, expression))
+
+
 def joined(wanted: Select[Any]) -> Select[Any]:
     """`wanted` over every table that fields come from.
 

@@ -14,13 +14,12 @@ from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import distinct_on
 
 from shared.store import Database
-from shared.store.models import TrajectoryRow, VerdictRow
+from shared.store.models import VerdictRow
 from tirgen import query
 from tirgen.cli.common import Format, console, open_database
 from tirgen.cli.render import json_text, line, share, table
 from tirgen.curation import chain as chains
 from tirgen.curation.base import PREFIX, Filter, failures
-from tirgen.expression import where as condition
 
 BAR = 24  # characters
 
@@ -43,8 +42,9 @@ def curate(
     To freeze what is left: tirgen snapshot create NAME --where ... --filters ... --seed ...
     """
     chosen = chains.load(filters)
-    candidates = query.joined(select(TrajectoryRow.id)).where(condition(where))
+    query.check(query.Query(where))
     db = open_database()
+    candidates = query.candidates(db, where)
     curated = chains.apply(db, chosen, candidates, seed=seed)
     if format is Format.JSON:
         found = {"name": chosen.name, "seed": seed, "stages": [asdict(s) for s in curated.stages],

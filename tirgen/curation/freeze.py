@@ -37,7 +37,6 @@ from tirgen.curation import chain as chains
 from tirgen.curation import splits
 from tirgen.curation.base import PREFIX
 from tirgen.curation.lineage import origin
-from tirgen.expression import where as condition
 
 BATCH = 1000  # rows per round trip
 
@@ -93,7 +92,7 @@ def create(db: Database, request: Request) -> Record:
     """
     snapshots.check_name(request.name)
     splits.checked(request.shares)
-    condition(request.where)
+    query.check(query.Query(request.where))
     chain = chains.load(request.filters) if request.filters else None
     with db.session() as session:
         if session.scalar(select(SnapshotRow.id).where(SnapshotRow.name == request.name)):

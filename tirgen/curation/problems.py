@@ -20,7 +20,6 @@ from shared.store.queries import find_run
 from shared.trajectory import Problem
 from tirgen import query
 from tirgen.curation.rates import measured
-from tirgen.expression import where as condition
 
 BATCH = 1000  # problems whose rates are asked for at once
 
@@ -38,8 +37,9 @@ def stored(
         if snapshot is not None:
             chosen.append(_of_snapshot(session, snapshot))
         if where is not None:
-            keys = query.joined(select(TrajectoryRow.problem_key)).where(condition(where))
-            chosen.append(keys.distinct().order_by(TrajectoryRow.problem_key))
+            keys = query.joined(select(TrajectoryRow.problem_key).distinct())
+            wanted = keys.where(query.matching(session, where))
+            chosen.append(wanted.order_by(TrajectoryRow.problem_key))
         if run is not None:
             item = WorkItemRow
             of_run = select(item.problem_key).where(item.run_id == find_run(session, run).id)
