@@ -87,7 +87,7 @@ class DatabaseSource:
     def _page(self, wanted: range, connection: psycopg.Connection[Any]) -> list[StoredRow]:
         with connection.cursor(binary=True, row_factory=tuple_row) as cursor:
             cursor.execute(ROWS, (self.snapshot_id, list(wanted)))
-            return [StoredRow(*row) for row in cursor]
+            return list(map(StoredRow._make, cursor.fetchall()))
 
     def _gone(self) -> DatabaseError:
         return DatabaseError(

@@ -38,6 +38,7 @@ from shared.store.snapshot_rows import (
     TrajectoryEntry,
     problem_entry,
     trajectory_entry,
+    unpack,
 )
 from shared.store.snapshots import Record, is_folder
 
@@ -119,23 +120,31 @@ class Snapshot:
         return Shard(rank + world * worker, world * workers, max(first, start), stop)
 
     def _entries(
-        self, shard: Shard, checked: Callable[[StoredRow, str], _Entry]
+        self, shard: Shard, checked: Callable[[StoredRow, str, bytes | None], _Entry]
     ) -> Iterator[_Entry]:
         where = f"snapshot {self.record.name}"
         for page in _ahead(self.source, shard):
-            for row in page:
-                yield checked(row, where)
+            for row, plain in page:
+                yield checked(row, where, plain)
 
 
-def _ahead(source: Source, shard: Shard) -> Iterator[list[StoredRow]]:
-    """The shard's pages, AHEAD of them read in a thread while the caller works."""
+Page = list[tuple[StoredRow, bytes | None]]
+
+
+def _ahead(source: Source, shard: Shard) -> Iterator[Page]:
+    """The shard's pages, AHEAD of them read and unpacked in a thread while the caller works."""
     stop = Event()
     pages = source.pages(shard, stop)
+
+    def read() -> Page | None:
+        page = next(pages, None)
+        return None if page is None else list(zip(page, unpack(page), strict=True))
+
     with ThreadPoolExecutor(1, thread_name_prefix="snapshot") as pool:
-        waiting = deque(pool.submit(next, pages, None) for _ in range(AHEAD))
+        waiting = deque(pool.submit(read) for _ in range(AHEAD))
         try:
             while (page := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(next, pages, None))
+                waiting.append(pool.submit(read))
                 yield page
         finally:
             stop.set()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import NamedTuple, Protocol
@@ -16,6 +17,7 @@ from shared.store.trajectories import decode
 from shared.trajectory import Problem, Trajectory
 
 PAGE = 256  # rows that are read at a time: a few MB
+UNPACK_LIMIT = 64 << 20  # bytes of a page that are unpacked at once, ahead of their use
 
 UNREADABLE = (zstandard.ZstdError, ValueError, KeyError, TypeError)  # what `decode` may raise
 
@@ -95,20 +97,42 @@ class Source(Protocol):
         ...
 
 
-def trajectory_entry(row: StoredRow, where: str) -> TrajectoryEntry:
-    """The checked row. Raises DatabaseError for a body or a problem that is not the frozen one."""
+def unpack(page: Sequence[StoredRow]) -> list[bytes | None]:
+    """The page's bodies, unpacked in one call that lets other threads run.
+
+    None for all where that has to wait until a hash was checked: one is damaged, or together they
+    are larger than UNPACK_LIMIT.
+    """
+    later: list[bytes | None] = [None] * len(page)
+    bodies: list[bytes | bytearray | memoryview] = [r.body for r in page if r.body is not None]
+    if not bodies:
+        return later
+    try:
+        if sum(map(zstandard.frame_content_size, bodies)) > UNPACK_LIMIT:
+            return later
+        plain = zstandard.ZstdDecompressor().multi_decompress_to_buffer(bodies)
+    except zstandard.ZstdError:
+        return later
+    return [plain[i].tobytes() for i in range(len(plain))]
+
+
+def trajectory_entry(row: StoredRow, where: str, plain: bytes | None = None) -> TrajectoryEntry:
+    """The checked row; `plain` is its body, if it was unpacked already.
+
+    Raises DatabaseError for a body or a problem that is not the frozen one.
+    """
     problem = _problem(row, where)
     body = row.body or b""
     if hashlib.sha256(body).hexdigest() != row.body_hash:
         raise _altered("its trajectory", row, where)
     try:
-        trajectory = decode(body)
+        made = decode(body) if plain is None else Trajectory.from_body(json.loads(plain))
     except UNREADABLE as error:
         raise _altered("its trajectory", row, where) from error
-    return TrajectoryEntry(row.position, row.split, problem, trajectory, row.content_hash or "")
+    return TrajectoryEntry(row.position, row.split, problem, made, row.content_hash or "")
 
 
-def problem_entry(row: StoredRow, where: str) -> ProblemEntry:
+def problem_entry(row: StoredRow, where: str, plain: bytes | None = None) -> ProblemEntry:
     """The checked row. Raises DatabaseError for a problem that is not the frozen one."""
     problem = _problem(row, where)
     return ProblemEntry(row.position, row.split, problem, row.n_passed or 0, row.n_samples or 0)
