@@ -93,7 +93,7 @@ def check(url: Url = None, minimum_tier: Minimum = Tier.B) -> None:
     from shared.sandbox import conformance
 
     with backend(url, minimum_tier) as sandbox:
-        failures = conformance.check(sandbox)
+        failures = conformance.check(sandbox, conformance.CASES)
         n, tier = len(conformance.CASES), sandbox.tier
     for failure in failures:
         console.print(f"[red]fail[/] {failure.claim}", highlight=False)
