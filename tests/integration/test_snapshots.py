@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from shared.errors import ConfigError, DatabaseError, InputError
 from shared.store import Database, snapshots, trajectories
 from shared.store.models import ManifestRow, TrajectoryRow, VerdictRow
+from shared.store.retention import delete_run
 from shared.trajectory import Check, Verdict
 from tests import frozen, stored
 from tirgen import query
@@ -319,6 +320,26 @@ def test_a_damaged_trajectory_is_not_frozen(own: Snapshots) -> None:
         frozen.alter(own.db, "UPDATE trajectories SET body = :body WHERE id = 3", body=body)
         with pytest.raises(DatabaseError, match="content hash"):
             own.create("a")
+
+
+def test_a_run_that_is_deleted_meanwhile_is_not_frozen(
+    own: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = freeze._check_funnel
+
+    def overtaken(*arguments: object) -> None:
+        check(*arguments)  # type: ignore[arg-type]
+        delete_run(own.db, "many")
+
+    monkeypatch.setattr(freeze, "_check_funnel", overtaken)
+    with pytest.raises(DatabaseError, match="deleted while its trajectories"):
+        own.create("a")
+    monkeypatch.undo()
+    assert own.list() == []
+    frozen.fill(own.db, 4, run="other")
+    own.create("a")
+    with pytest.raises(InputError, match="kept by snapshots: a"):
+        delete_run(own.db, "other")
 
 
 def test_a_funnel_that_does_not_add_up_is_refused(

@@ -15,14 +15,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from psycopg.errors import SerializationFailure
 from sqlalchemy import BigInteger, Select, any_, insert, literal, select, text
 from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from shared.errors import DatabaseError, InputError
 from shared.store import Database, snapshots
 from shared.store.models import (
     ManifestRow,
+    RunRow,
     SnapshotKind,
     SnapshotRow,
     SnapshotRunRow,
@@ -110,6 +113,7 @@ def create(db: Database, request: Request) -> Record:
         if request.kind is SnapshotKind.PROBLEMS:
             funnel.append(_stage("one row per problem", len(chosen), rows.n))
         _check_funnel(request, funnel, rows)
+        _hold(session, request, rows.run_ids)
         snapshot_id = snapshots.reserve(session)
         digest = snapshots.digest_of(request.kind, rows.n, rows.write(snapshot_id))
         lineage = {
@@ -251,6 +255,19 @@ def _check_funnel(request: Request, funnel: Sequence[Mapping[str, Any]], rows: _
             f"split {empty[0]} would be empty: there are only {rows.n} rows, whole problems each",
             where=where, remedy="give it a larger share, or take another --seed",
         )  # fmt: skip
+
+
+def _hold(session: Session, request: Request, run_ids: Sequence[int]) -> None:
+    """Keep the runs from being deleted until the snapshot is there, and keeps them itself."""
+    held = select(RunRow.id).where(RunRow.id.in_(run_ids))
+    try:
+        session.execute(held.with_for_update(read=True, key_share=True)).all()
+    except OperationalError as error:
+        if not isinstance(error.orig, SerializationFailure):
+            raise
+        what = "a run was deleted while its trajectories were being frozen"
+        where = f"snapshot {request.name}"
+        raise DatabaseError(what, where=where, remedy="create the snapshot again") from error
 
 
 def _check_body(id: int, frozen_hash: str, body: bytes) -> None:
