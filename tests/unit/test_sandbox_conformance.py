@@ -16,6 +16,8 @@ from shared.sandbox.conformance import CASES, check
 from shared.sandbox.remote import RemoteSandbox
 from tests.served import served
 
+pytestmark = pytest.mark.timeout(240)  # some four seconds each, and more on a busy machine
+
 
 @pytest.mark.parametrize("tier", [Tier.B, Tier.C])
 def test_the_sandbox_conforms_without_namespaces_and_without_landlock(

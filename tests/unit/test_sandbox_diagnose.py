@@ -17,6 +17,8 @@ from shared.sandbox import Tier, diagnose, pool
 from shared.sandbox.diagnose import Finding, probe, remedies
 from tirgen.cli import stack
 
+pytestmark = pytest.mark.timeout(240)  # a few seconds each, and more on a busy machine
+
 NO_NAMESPACES = """
 import ctypes, os
 from pathlib import Path
