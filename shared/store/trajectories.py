@@ -76,7 +76,7 @@ class Completed:
     extractor_model: str | None
     code_version: str
     usage: tuple[RoleUsage, ...] = ()
-    stored: Encoded | None = None  # by another database: kept to the byte
+    stored: Encoded | None = None  # by another database, to the byte; or ahead of its turn
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ second trajectory. The broker has no part in this.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +28,13 @@ from sqlalchemy.orm import Session
 from shared.errors import TirgenError
 from shared.store.database import Database
 from shared.store.models import ItemState, ProblemRow, RunState
-from shared.store.trajectories import Completed, RoleUsage, write_trajectories, write_usage
+from shared.store.trajectories import (
+    Completed,
+    RoleUsage,
+    encode,
+    write_trajectories,
+    write_usage,
+)
 from shared.trajectory import Problem, clean
 
 MAX_FAILURES = 3  # attempts that failed by themselves
@@ -216,26 +223,42 @@ def complete(db: Database, item: LeasedItem, done: Completed) -> int:
 def complete_many(db: Database, made: Iterable[tuple[LeasedItem, Completed]]) -> dict[int, int]:
     """`complete` for many items of one run, COMPLETE_BATCH a transaction.
 
-    Returns the trajectory's id by item; items that are missing are no longer this worker's.
+    Returns the trajectory's id by item; items that are missing are no longer this worker's. While
+    the server writes one batch, the next is encoded.
     """
     written: dict[int, int] = {}
     waiting = iter(made)
-    while batch := list(islice(waiting, COMPLETE_BATCH)):
-        values = {
-            "ids": [item.id for item, _ in batch],
-            "attempts": [item.attempt for item, _ in batch],
-            "owners": [item.owner for item, _ in batch],
-            "checks": [done.rejected_by for _, done in batch],
-        }
-        with db.begin() as session:
-            closed = set(session.scalars(_CLOSE, values))
-            held = [(item, done) for item, done in batch if item.id in closed]
-            run_id = batch[0][0].run_id
-            spent = ((i.id, i.attempt, usage) for i, done in held for usage in done.usage)
-            write_usage(session, run_id, spent)
-            ids = write_trajectories(session, run_id, [(i.id, done) for i, done in held])
-        written.update(zip((item.id for item, _ in held), ids, strict=True))
+    with ThreadPoolExecutor(1) as ahead:
+        batch = list(islice(waiting, COMPLETE_BATCH))
+        while batch:
+            following = list(islice(waiting, COMPLETE_BATCH))
+            encoded = ahead.submit(_encoded, following) if following else None
+            written |= _complete_batch(db, batch)
+            batch = encoded.result() if encoded else []
     return written
+
+
+def _encoded(batch: list[tuple[LeasedItem, Completed]]) -> list[tuple[LeasedItem, Completed]]:
+    return [
+        (item, replace(done, stored=done.stored or encode(done.trajectory))) for item, done in batch
+    ]
+
+
+def _complete_batch(db: Database, batch: list[tuple[LeasedItem, Completed]]) -> dict[int, int]:
+    values = {
+        "ids": [item.id for item, _ in batch],
+        "attempts": [item.attempt for item, _ in batch],
+        "owners": [item.owner for item, _ in batch],
+        "checks": [done.rejected_by for _, done in batch],
+    }
+    with db.begin() as session:
+        closed = set(session.scalars(_CLOSE, values))
+        held = [(item, done) for item, done in batch if item.id in closed]
+        run_id = batch[0][0].run_id
+        spent = ((i.id, i.attempt, usage) for i, done in held for usage in done.usage)
+        write_usage(session, run_id, spent)
+        ids = write_trajectories(session, run_id, [(i.id, done) for i, done in held])
+    return dict(zip((item.id for item, _ in held), ids, strict=True))
 
 
 def fail(db: Database, item: LeasedItem, failed: Failed) -> ItemState:
