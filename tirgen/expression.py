@@ -227,16 +227,17 @@ class _Translator:
         if isinstance(term, _Value):
             self._refuse("left of 'in [...]' stands a field", left)
         assert isinstance(right, _MEMBERS)
-        parts = [_Test(false())]
+        test, bound = false(), []
         for node in right.elts:
             value = self._operand(node, depth)
             if isinstance(value, _Term):
                 self._refuse("a list holds literals only", node)
             if value.plain is None:
-                parts.append(_Test(term.sql.is_(None)))
+                test = term.sql.is_(None)
             else:
-                parts.append(_equal(term, self._bound(term, value, node)))
-        return _Test(or_(*(part.sql for part in parts)), all(part.known for part in parts))
+                bound.append(self._bound(term, value, node))
+        among = _equal(term, *bound)
+        return _Test(or_(test, among.sql), among.known)
 
     def _inside(
         self, part: _Term | _Value, whole: _Term | _Value, left: ast.expr, right: ast.expr
@@ -390,12 +391,14 @@ def _is_singleton(side: _Term | _Value) -> bool:
     return isinstance(side, _Value) and (side.plain is None or isinstance(side.plain, bool))
 
 
-def _equal(term: _Term, bound: ColumnElement[Any]) -> _Test:
+def _equal(term: _Term, *bound: ColumnElement[Any]) -> _Test:
+    """The term equals one of them."""
     if term.sql is FIELDS["run"].column:
         # The run's id first, then an index on it, in whose order pages come.
-        id = select(RunRow.id).where(RunRow.name == bound).scalar_subquery()
-        return _Test(TrajectoryRow.run_id == id, known=False)
-    return _Test(term.sql == bound, not term.nullable)
+        ids = [select(RunRow.id).where(RunRow.name == one).scalar_subquery() for one in bound]
+        return _Test(or_(false(), *(TrajectoryRow.run_id == id for id in ids)), known=False)
+    same = term.sql == bound[0] if len(bound) == 1 else term.sql.in_(bound)
+    return _Test(same, not term.nullable)
 
 
 def _near(name: str, known: Iterable[str]) -> str:

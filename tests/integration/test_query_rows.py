@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
 from typing import Any
 
 import pytest
-from sqlalchemy import func, text
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from shared.errors import ConfigError, DatabaseError, InputError
 from shared.store import Database
+from shared.store.models import TrajectoryRow
 from shared.store.trajectories import import_problems, read
 from tests import stored
 from tirgen import query
 from tirgen.expression import where
+from tirgen.fields import FIELDS, Kind
 from tirgen.query import Groups, Query
 from tirgen.stats import wilson
 
@@ -178,6 +181,30 @@ def test_slow_query_is_stopped(db: Database, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(query, "STATEMENT_TIMEOUT", 1)
     with pytest.raises(DatabaseError, match="stopped after 1 s"), query._reading(db) as session:
         session.execute(text("SELECT pg_sleep(50)"))
+
+
+def test_conditions_on_indexed_fields_can_use_an_index(filled: Database) -> None:
+    """Forbidden to read whole tables, PostgreSQL finds another way. Control: slow ones have none."""
+    literals = {
+        Kind.TEXT: "'x'", Kind.INTEGER: "1", Kind.NUMBER: "1.5", Kind.BOOLEAN: "True",
+        Kind.TIME: "'2026-05-01 12:00'",
+    }  # fmt: skip
+    served = set()
+    with query._reading(filled) as session:
+        session.execute(text("SELECT set_config('enable_seqscan', 'off', true)"))
+        for name, field in FIELDS.items():
+            value = repr(str(field.values[0])) if field.values else literals.get(field.kind, "'x'")
+            is_list = field.kind is Kind.TEXTS
+            condition = where(f"{value} in {name}" if is_list else f"{name} == {value}")
+            wanted = query.joined(select(TrajectoryRow.id)).where(condition)
+            compiled = wanted.compile(session.connection())
+            plan = session.connection().exec_driver_sql(f"EXPLAIN {compiled}", compiled.params)
+            used = [line for (line,) in plan if "Index Cond: " in line]
+            column = field.column.property.columns[0].name
+            if any(re.search(rf"\b{column}\b.* (=|@>) ", line) for line in used):
+                served.add(name)
+    assert {name for name, field in FIELDS.items() if field.indexed} <= served
+    assert not served & {"answer", "seed", "problem", "duration", "n_bytes"}
 
 
 def test_unused_tables_are_not_read(filled: Database) -> None:
