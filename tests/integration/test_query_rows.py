@@ -184,7 +184,7 @@ def test_slow_query_is_stopped(db: Database, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_conditions_on_indexed_fields_can_use_an_index(filled: Database) -> None:
-    """Forbidden to read whole tables, PostgreSQL finds another way. Control: slow ones have none."""
+    """Forbidden to read whole tables, PostgreSQL finds another way; for slow ones there is none."""
     literals = {
         Kind.TEXT: "'x'", Kind.INTEGER: "1", Kind.NUMBER: "1.5", Kind.BOOLEAN: "True",
         Kind.TIME: "'2026-05-01 12:00'",
