@@ -219,6 +219,12 @@ def test_a_row_among_others_is_the_row_alone(layout: str, attention: str) -> Non
     assert batch.sampler_N.tolist() == pytest.approx(sampled)
 
 
+def test_positions_begin_at_zero_with_each_row() -> None:
+    rows = ragged([3, 1, 2])
+    assert collate(rows, PAD).positions_BT.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert collate(rows, PAD, "padded").positions_BT.tolist() == [[0, 1, 2]] * 3
+
+
 def test_neighbours_replaced_by_noise_change_nothing() -> None:
     third = [n == 2 for n in collate(ROWS, PAD).row_N]
     noise = [
