@@ -66,7 +66,7 @@ def emit(
     }  # fmt: skip
     if peer_value is not None:
         line["peer_value"] = round(peer_value, 3)
-    line["ratio"] = None if ratio is None else round(ratio, 1)
+    line["ratio"] = None if ratio is None else float(f"{ratio:.3g}")
     print(json.dumps(line | more), flush=True)
 
 

@@ -208,6 +208,9 @@ class BareFork:
 import gc, time
 zygote._warm(json.loads(sys.argv[3]), sys.argv[4])
 gc.collect()
+zygote._gather_pages()
+confine.small_pages()
+gc.collect()
 gc.freeze()
 print("ready", flush=True)
 for line in sys.stdin:
