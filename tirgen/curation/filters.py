@@ -141,12 +141,14 @@ class Repetition(Filter):
 
     def judge(self, row: Row) -> Decision:
         text = row.body.text
-        units = text if self.unit == "character" else text.split()
-        grams = Counter(tuple(units[i : i + self.n]) for i in range(len(units) - self.n + 1))
-        gram, count = max(grams.items(), key=lambda pair: pair[1], default=((), 0))
-        said = ("" if self.unit == "character" else " ").join(gram)
+        if self.unit == "character":
+            grams = [text[i : i + self.n] for i in range(len(text) - self.n + 1)]
+        else:
+            said = text.split()
+            grams = [" ".join(said[i : i + self.n]) for i in range(len(said) - self.n + 1)]
+        gram, count = max(Counter(grams).items(), key=lambda pair: pair[1], default=("", 0))
         reason = f"the most frequent {self.n}-gram occurs {count} times, {self.most} allowed"
-        return Decision(count <= self.most, reason, {"gram": said[:200], "count": count})
+        return Decision(count <= self.most, reason, {"gram": gram[:200], "count": count})
 
 
 class Language(Filter):
@@ -169,7 +171,7 @@ class Language(Filter):
         return True
 
     def judge(self, row: Row) -> Decision:
-        letters = Counter(c for c in prose(row.body.text) if c.isalpha())
+        letters = {c: n for c, n in Counter(prose(row.body.text)).items() if c.isalpha()}
         foreign = {c: n for c, n in letters.items() if self._foreign(c)}
         n, total = sum(foreign.values()), sum(letters.values())
         share = n / total if total else 0.0
