@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -13,15 +13,13 @@ import typer
 from rich.text import Text
 
 from shared.errors import ConfigError
-from shared.store import Database
 from tirgen import query as queries
 from tirgen.cli import report
 from tirgen.cli import show as showing
 from tirgen.cli.common import Format, console, open_database
 from tirgen.cli.export import WRITERS
 from tirgen.cli.render import json_text, table
-from tirgen.expression import searches
-from tirgen.fields import FIELDS, FUNCTIONS, STEP_FIELDS, Kind
+from tirgen.fields import FIELDS, FUNCTIONS, STEP_FIELDS
 from tirgen.stats import failures as failed_items
 from tirgen.stats import gather
 
@@ -69,7 +67,8 @@ def query(
     if fields:
         _list_fields(format)
         return
-    shown = limit or (TABLE_ROWS if format is QueryFormat.TABLE else None)
+    is_table = format is QueryFormat.TABLE
+    shown = limit or (TABLE_ROWS if is_table else None)
     if group_by or count:
         if order or after is not None:
             what = "groups have an order of their own: the largest first"
@@ -77,44 +76,34 @@ def query(
         groups = queries.Groups(expression, _names(group_by), _names(columns), shown)
         queries.check(groups)  # a mistake in it is found before the database is even started
         with queries.grouped(open_database(), groups) as rows:
-            _write(groups.columns, rows, format)
+            if is_table:
+                _print(groups.columns, list(rows))
+            else:
+                WRITERS[format](groups.columns, rows, sys.stdout)
         return
     names = _names(columns) or queries.DEFAULT_COLUMNS
-    wanted = queries.Query(expression, names, _names(order), shown, after)
+    # One row more than a table shows tells whether there are more: counting all could take long.
+    fetched = shown + 1 if is_table and shown is not None else shown
+    wanted = queries.Query(expression, names, _names(order), fetched, after)
     queries.check(wanted)
-    db = open_database()
-    with queries.run(db, wanted) as rows:
-        n, last = _write(queries.kinds(names), rows, format)
-    if format is QueryFormat.TABLE and n == shown:
-        _say_what_is_left(db, wanted, n, dict(zip(names, last, strict=True)).get("id"))
-
-
-def _write(
-    columns: Mapping[str, Kind], rows: Iterator[tuple[Any, ...]], format: QueryFormat
-) -> tuple[int, tuple[Any, ...]]:
-    """Print them all; how many there were, and the last one, of a table."""
-    if format is not QueryFormat.TABLE:
-        WRITERS[format](columns, rows, sys.stdout)
-        return 0, ()
-    listed = list(rows)
-    if not listed:
-        console.print("No trajectory is like that.", style="dim")
-        return 0, ()
-    console.print(table(list(columns), listed))
-    return len(listed), listed[-1]
-
-
-def _say_what_is_left(db: Database, wanted: queries.Query, n: int, last: int | None) -> None:
-    """Counting all is cheap on indexed columns only: bodies are not searched again for this."""
-    hint = "There may be more"
-    if wanted.after is None and not searches(wanted.where):
-        left = queries.count(db, wanted.where) - n
-        if left == 0:
+    with queries.run(open_database(), wanted) as rows:
+        if not is_table:
+            WRITERS[format](queries.kinds(names), rows, sys.stdout)
             return
-        hint = f"{left} more"
-    page = "" if last is None else f", --after {last} the next page"
-    text = f"{hint}: --limit N shows more{page}, --format jsonl all of them."
-    console.print(text, style="dim", highlight=False)
+        listed = list(rows)
+    _print(names, listed[:shown])
+    if len(listed) == fetched:
+        last = dict(zip(names, listed[-2], strict=True)).get("id")
+        page = "" if last is None else f", --after {last} for the next page"
+        hint = f"There are more: --limit N{page}, --count, --format jsonl for all of them."
+        console.print(hint, style="dim", highlight=False)
+
+
+def _print(columns: Iterable[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    if rows:
+        console.print(table(list(columns), rows))
+    else:
+        console.print("No trajectory is like that.", style="dim")
 
 
 def show(
