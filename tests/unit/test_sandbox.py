@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from shared.errors import SandboxError
 from shared.sandbox import Limits, Outcome, Sandbox, Tier, launcher, pool
 from shared.sandbox.observation import NO_OUTPUT, observe
+from shared.sandbox.watch import Cancel
 from tests.sandboxes import bare, eventually, processes
 
 
@@ -96,29 +98,31 @@ def test_output_of_a_killed_run_is_kept(sandbox: Sandbox) -> None:
     assert result.cpu_time >= 0.3
 
 
-def test_a_run_that_sleeps_is_ended_by_the_wall_and_one_that_waits_its_turn_is_not() -> None:
-    """A clock that started in the queue would end the second run: it waits longer than its wall."""
-
+def test_a_run_that_sleeps_is_ended_by_the_wall() -> None:
     class Quick(Limits):
         def wall(self, timeout: float) -> float:
-            return 2.0
+            return 1.0
 
-    results = []
     with bare(limits=Quick()) as sandbox:
-        sleeper = "import time; time.sleep(60)"
+        result = sandbox.run("import time; time.sleep(600)", timeout=300)
+    assert result.outcome is Outcome.TIMEOUT
+    assert result.cpu_time < 1
 
-        def work() -> None:
-            results.append(sandbox.run(sleeper, timeout=5))
 
-        threads = [threading.Thread(target=work) for _ in range(2)]
-        for thread in threads:
+def test_the_clock_of_a_run_starts_when_it_starts_and_not_while_it_waits_its_turn() -> None:
+    results = []
+    with bare() as sandbox, Cancel() as cancel:
+        with sandbox.admitted(cancel):  # the only place
+            began = time.monotonic()
+            thread = threading.Thread(target=lambda: results.append(sandbox.run("print(1)")))
             thread.start()
-        waited = sandbox.run("print(1)", timeout=5)
-        for thread in threads:
-            thread.join()
-    assert [r.outcome for r in results] == [Outcome.TIMEOUT] * 2
-    assert all(r.duration < 4 for r in results)
-    assert waited.outcome is Outcome.OK
+            thread.join(0.5)
+            held = time.monotonic() - began
+            assert results == []
+        thread.join()
+        elapsed = time.monotonic() - began
+    assert results[0].outcome is Outcome.OK
+    assert results[0].duration <= elapsed - held
 
 
 @pytest.mark.parametrize(

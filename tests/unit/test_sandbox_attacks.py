@@ -116,7 +116,7 @@ UNSHARE = "272" if platform.machine() == "x86_64" else "97"
 
 @pytest.mark.parametrize(
     ("refused", "tier", "every"),
-    [("", Tier.A, 1), (UNSHARE, Tier.B, 4), (f"{UNSHARE},{LANDLOCK}", Tier.C, 4)],
+    [("", Tier.A, 2), (UNSHARE, Tier.B, 4), (f"{UNSHARE},{LANDLOCK}", Tier.C, 4)],
     ids=["all", "no user namespaces", "no user namespaces and no Landlock"],
 )
 def test_the_same_as_an_ordinary_user_where_the_host_forbids_something(

@@ -57,11 +57,11 @@ def test_nor_at_other_tiers_which_differ_in_their_directory_only(
 
 
 def test_nor_do_order_zygote_and_company(sandbox: Sandbox) -> None:
-    """40 runs one after the other, then shuffled and 32 at once among runs that disturb, on other
+    """32 runs one after the other, then shuffled and 32 at once among runs that disturb, on other
     zygotes as well."""
-    programs = [(SOURCES + f"print({n})", n % 7) for n in range(40)]
+    programs = [(SOURCES + f"print({n})", n % 7) for n in range(32)]
     alone = [sandbox.run(code, seed=seed).stdout for code, seed in programs]
-    order = list(range(40))
+    order = list(range(32))
     random.Random(1).shuffle(order)
 
     async def shuffled(where: Sandbox) -> list[str]:
@@ -75,7 +75,7 @@ def test_nor_do_order_zygote_and_company(sandbox: Sandbox) -> None:
             async with gate:
                 await where.arun("x = [object() for _ in range(10**5)]; 1 / 0")
 
-        found = await asyncio.gather(*map(one, order), *(disturb() for _ in range(20)))
+        found = await asyncio.gather(*map(one, order), *(disturb() for _ in range(12)))
         return [text for text in found if text is not None]
 
     assert asyncio.run(shuffled(sandbox)) == [alone[n] for n in order]
