@@ -147,7 +147,7 @@ def _phrase(text: str, _: Rules) -> str | None:
         return None
     said = text[ends[-1] :].lstrip("*:} ").split("\n", 1)[0]
     said = re.split(r"(?<=[\w)}\]$%])\.(?:\s|$)|(?:,|;)?\s+(?:because|since|so|which)\s", said)[0]
-    return said.strip().rstrip("*").strip() or None
+    return said.strip("* .").strip() or None
 
 
 def _last_number(text: str, _: Rules) -> str | None:

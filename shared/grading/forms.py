@@ -41,6 +41,7 @@ _NUMERAL = re.compile(
 _CLOCK = re.compile(r"(?<=\d)\s*([ap])\.?\s?m\.?\s*$", re.IGNORECASE)
 _TO = re.compile(r"\s*(\d+) to (\d+)\s*")
 _ARTICLES = frozenset("a an the is are it its".split())
+_SAID = re.compile(r"\s*\\(?:text|mbox)\s*\{[A-Za-z' ]{1,60}\b(?:is|are|equals)[:=]?\s*\}")
 _ABOUT = re.compile(  # what is said before a value: "about 5", "The solutions are x = 1"
     r"\s*(?:(?:[A-Za-z' ]{1,60}\b(?:is|are|equals?|equal to|be)|approximately|about|around|roughly"
     r"|exactly|a total of|total|only|approx\.?|ca\.)\s*[:=]?\s+|[:=]\s*)"
@@ -53,6 +54,8 @@ def read(text: str, *, lists: bool = False) -> Node:
     """The tree of an answer. Raises TooMuchError or UnreadableError, nothing else."""
     if len(text) > MAX_LENGTH:
         raise TooMuchError(f"longer than {MAX_LENGTH} characters")
+    if found := _SAID.match(text):
+        text = text[found.end() :]
     if found := _ABOUT.match(text):
         text = text[found.end() :]
     plain = _plain(text)

@@ -32,6 +32,8 @@ def _is_name(node: Node, value: Node) -> bool:
             return True  # dy/dx
         lengths = all(name.isupper() or name.startswith("angle ") or name == "m" for name in names)
         return lengths and not tree.symbols(value)
+    if node.kind == "add":  # m + n = 12: the sum is what was asked for
+        return all(arg.kind == "sym" for arg in node.args) and not tree.symbols(value)
     return node.kind in ("sym", "app")
 
 
@@ -56,6 +58,8 @@ def _two_names(
     if left == right:
         found = compare(x, y)
         return found if not tree.symbols(x) or found.equal else None
+    if {left.kind, right.kind} - {"sym", "app"}:
+        return None
     if left.kind == right.kind == "app":
         if left.name == right.name and len(left.args) == len(right.args):
             for old, new in zip(left.args, right.args, strict=True):

@@ -29,11 +29,13 @@ _RELATIONS = {
 _SEPARATORS = {",": ",", ";": ",", "and": "and", "or": "or", "land": "and", "wedge": "and",
                "lor": "or", "vee": "or", "&&": "and", "||": "or", "&": "and"}  # fmt: skip
 _SETS = {"cup": "union", "cap": "meet", "setminus": "without", "backslash": "without"}
+_TO = Token("word", "to")
 _TIMES = frozenset({"*", "cdot", "times", "ast", "bullet"})
 _STOPS = frozenset(
     {*_RELATIONS, *_SEPARATORS, *_SETS, *_TIMES, *CLOSING.values(), "pm", "mp", "div", "mid",
      "colon", "vert", "cr", "hline", "implies", "Rightarrow", "therefore", "quad", "not", "circ",
-     "degree", "textdegree", "choose", "pmod", "mod", "bmod", "euro", "pounds", "sim", "approx"}
+     "degree", "textdegree", "choose", "over",
+     "pmod", "mod", "bmod", "euro", "pounds", "sim", "approx"}
 )  # fmt: skip
 
 
@@ -153,7 +155,7 @@ class Parser(Atoms):
 
     def ratio(self) -> Node:
         terms = [self.sum()]
-        while self.at(":", "colon") and not self.in_set:
+        while not self.in_set and (self.at(":", "colon") or self.peek() == _TO):
             self.next()
             terms.append(self.sum())
         return terms[0] if len(terms) == 1 else Node("ratio", "", tuple(terms))
@@ -314,6 +316,8 @@ class Parser(Atoms):
         node = self.deeper(self.items)
         if self.take("choose"):
             node = tree.fn("binom", node, self.deeper(self.items))
+        elif self.take("over"):
+            node = tree.div(node, self.deeper(self.items))
         self.expect("}")
         return Node("set", "", node.args) if node.kind == "list" else node
 

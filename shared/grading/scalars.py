@@ -26,6 +26,7 @@ MOST_DIGITS = 1300  # for constants: they are compared once, so thoroughly
 POINTS = 8  # that must agree
 TRIES = 32
 _STEPS = frozenset({"floor", "ceil", "gcd", "lcm"})
+_WHOLE_NAMES = frozenset("jklmnpqKMN")  # what \\lfloor n/2 \\rfloor is about; x may be any number
 _COUNTS = frozenset({"sum", "prod", "factorial", "binom"})
 # Where coordinates lie, in turn: what holds for small numbers alone is seen at large ones.
 _RANGES = ((0, 2), (-2, 0), (0, 9), (-9, 9), (-1000, 1000), (0, 5), (-(10**6), 10**6), (-5, 5))
@@ -143,7 +144,7 @@ def points(names: list[str], node: Node) -> Iterator[dict[str, Fraction]]:
         for name in names:
             if functions & _COUNTS:
                 point[name] = Fraction(draw.randrange(1, 12 + trial))
-            elif functions & _STEPS:
+            elif functions & _STEPS and name in _WHOLE_NAMES:
                 low, high = _WHOLE_RANGES[trial % len(_WHOLE_RANGES)]
                 point[name] = Fraction(draw.randrange(low, high))
             else:

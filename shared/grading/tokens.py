@@ -93,7 +93,7 @@ def tokenize(text: str, *, lists: bool = False) -> list[Token]:
     """
     if len(text) > MAX_LENGTH:
         raise TooMuchError(f"longer than {MAX_LENGTH} characters")
-    return _Lexer(text.translate(_TRANSLATION), lists).run()
+    return _Lexer(text.translate(_TRANSLATION).replace("{:}", ":"), lists).run()
 
 
 class _Lexer:
@@ -214,8 +214,11 @@ class _Lexer:
         inner = inner.strip()
         before = self.tokens[-1] if self.tokens else Token("", "")
         valued = before.kind == "number" or before.value in ("}", ")", "pi")
-        if upright and valued and inner in UNITS:
+        numeral = self.text.startswith("_", self.position)  # 2\\text{A}_{16}
+        if upright and valued and inner in UNITS and not numeral:
             self.emit("word", inner)
+        elif inner == "$":
+            self.emit("mark", "\\$")
         elif re.fullmatch(r"[A-Za-z]", inner):
             self.emit("letter", inner)
         elif (inner in FUNCTIONS or inner in GREEK) and inner not in ("min", "arg"):
@@ -243,7 +246,7 @@ class _Lexer:
             self.emit("command", run)
         elif run in ("oo", "inf", "infty", "infinity", "Infinity"):
             self.emit("command", "infty")
-        elif is_word(run):
+        elif is_word(run, after_value=self._after_value()):
             self.emit("word", run)
         else:
             pieces = _NAME.split(run)
@@ -259,10 +262,13 @@ class _Lexer:
 
     def _is_noun(self, run: str) -> bool:
         """A word that ends the text after a value: "3/4 cup", "12 min"."""
-        before = self.tokens[-1] if self.tokens else Token("", "")
-        valued = before.kind in ("number", "word") or before.value in ("}", ")")
+        valued = self._after_value()
         plain = len(run) > 2 and (run == "min" or run not in FUNCTIONS | GREEK)
         return self.spaced and valued and plain and bool(_NOUNS.fullmatch(self.text, self.position))
+
+    def _after_value(self) -> bool:
+        before = self.tokens[-1] if self.tokens else Token("", "")
+        return before.kind in ("number", "word") or before.value in ("}", ")", "pi")
 
     def each(self, letters: str) -> None:
         for letter in letters:

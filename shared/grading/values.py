@@ -23,6 +23,7 @@ from shared.grading.caps import (
 )
 from shared.grading.tree import Node, replace
 
+_MOST_LOST = 3000  # digits
 _EXP_LIMIT = 10**6  # of the argument of exp, cosh, ...
 LOG_BASE = "log base"  # the variable that stands for the base of a bare \log
 
@@ -199,20 +200,28 @@ def at(node: Node, point: Mapping[str, Fraction], digits: int, *, real: bool) ->
     `real`: odd roots of negative numbers are real, and what is not real raises ComplexError; else
     principal values. Raises UndefinedError, TooMuchError; UnreadableError for what is no scalar.
     """
-    with mp.workdps(digits + 15):
-        try:
-            found = _Evaluation(point, real).value(node)
-        except (ZeroDivisionError, OverflowError) as error:
-            raise UndefinedError("no value") from error
-        if not mp.isfinite(found):
-            raise UndefinedError("not finite")
-        return found
+    lost = 0
+    while True:
+        with mp.workdps(digits + lost + 15):
+            evaluation = _Evaluation(point, real)
+            try:
+                found = evaluation.value(node)
+            except (ZeroDivisionError, OverflowError) as error:
+                raise UndefinedError("no value") from error
+            if not mp.isfinite(found):
+                raise UndefinedError("not finite")
+        if evaluation.largest <= max(lost, 10):
+            return found
+        lost = evaluation.largest + 5  # so many digits may cancel: \\cosh^2 x - \\sinh^2 x
+        if lost > _MOST_LOST:
+            raise UndefinedError("terms too large to be subtracted")
 
 
 class _Evaluation:
     def __init__(self, point: Mapping[str, Fraction], real: bool) -> None:
         self.point, self.real = point, real
         self.known: dict[Node, Number] = {}
+        self.largest = 0  # decimal digits before the point of the largest term of a sum
 
     def value(self, node: Node) -> Number:
         if node not in self.known:
@@ -228,7 +237,11 @@ class _Evaluation:
             case "const":
                 return self.constant(node.name)
             case "add":
-                return mp.fsum(self.value(arg) for arg in node.args)
+                parts = [self.value(arg) for arg in node.args]
+                size = max(map(mp.mag, parts), default=0)
+                if mp.isfinite(size):
+                    self.largest = max(self.largest, int(size * 0.302))
+                return mp.fsum(parts)
             case "mul":
                 return mp.fprod(self.value(arg) for arg in node.args)
             case "pow":

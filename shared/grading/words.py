@@ -90,7 +90,7 @@ NUMBER_WORDS = {
 
 # Plain letters that are a word and no product of variables. In two letters only what nobody
 # multiplies: "mg" and "in" are units inside of \\text{} alone.
-_SHORT = "or cm mm km ft kg lb oz hr mL ml kJ Hz kHz kW".split()
+_SHORT = "cm mm km ft kg lb oz hr mL ml kJ Hz kHz kW".split()
 WORDS = (
     frozenset(
         "and where for any all real number numbers integer integers are the such that then when "
@@ -106,6 +106,6 @@ WORDS = (
 )
 
 
-def is_word(run: str) -> bool:
+def is_word(run: str, *, after_value: bool) -> bool:
     """Whether plain letters, written together, are a word."""
-    return run in _SHORT or (len(run) > 2 and run.lower() in WORDS)
+    return run == "or" or (run in _SHORT and after_value) or (len(run) > 2 and run.lower() in WORDS)
