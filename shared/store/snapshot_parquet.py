@@ -170,9 +170,10 @@ class ParquetSource:
         first = file.first
         try:
             with (self.folder / file.path).open("rb") as handle:
-                groups = parquet.ParquetFile(handle)
+                # Arrow's own threads can abort a process that ends soon after they were started.
+                groups = parquet.ParquetFile(handle, pre_buffer=False)
                 for i in range(groups.num_row_groups):
-                    table = groups.read_row_group(i, columns=list(columns))
+                    table = groups.read_row_group(i, columns=list(columns), use_threads=False)
                     yield first, table
                     first += table.num_rows
         except (OSError, arrow.ArrowException) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -81,6 +83,18 @@ def test_the_folder_is_read_anywhere_in_it_at_once(
     start = snapshot.source.files[-1].first  # type: ignore[attr-defined]
     assert [e.position for e in snapshot.rows(start=start)] == list(range(start, len(snapshot)))
     assert opened == [snapshot.source.files[-1].path]  # type: ignore[attr-defined]
+
+
+def test_reading_a_folder_starts_no_threads_of_arrow(exported: Path) -> None:
+    """They abort a process that ends soon after ("terminate called without an active exception")."""
+    program = (
+        "import os, pathlib, pyarrow.parquet\n"
+        "from shared.store.snapshot_parquet import ParquetSource\n"
+        "before = set(os.listdir('/proc/self/task'))\n"
+        f"ParquetSource.open(pathlib.Path({str(exported / 'rows')!r})).check()\n"
+        "assert set(os.listdir('/proc/self/task')) <= before\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_datasets_loads_an_export(exported: Path, tmp_path: Path, shared: Snapshots) -> None:
