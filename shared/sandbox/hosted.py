@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shared.sandbox.zygote import Zygote
 
 _LIFE = 24 * 3600  # RLIMIT_CPU of any one state; the cells' own timeouts are kept from outside
+_SANE = 1 << 40  # bytes
 
 
 @dataclass(eq=False)
@@ -172,9 +173,13 @@ class HostedSession:
             self._zygote.unwatch(cell.sock.fileno())
             self._states[cell.number] = _State(cell.process, cell.sock)
             self._cell = None
-            memory = body.get("memory")
-            tell(cell.status, {"kept": True, "memory": memory if type(memory) is int else 0})
+            memory = body.get("memory")  # its own claim
+            sane = type(memory) is int and 0 <= memory < _SANE
+            tell(cell.status, {"kept": True, "memory": memory if sane else 0})
             cell.status.close()
+        elif "failed" in body and not self._zygote.can_fork():
+            tell(cell.status, {"failed": "this host lets no process be made"})
+            self._end()
         else:
             self._broken(str(body.get("failed", "a process of the session talks nonsense"))[:500])
 

@@ -26,7 +26,10 @@ class Packet:
 
     def json(self) -> dict[str, Any]:
         """Raises ValueError where the sender did not send an object."""
-        value = json.loads(self.body)
+        try:
+            value = json.loads(self.body)
+        except RecursionError as error:  # somebody wants to see it
+            raise ValueError("nested too deeply") from error
         if not isinstance(value, dict):
             raise ValueError("not an object")
         return value

@@ -206,6 +206,17 @@ class Zygote:
             child.main(self.jail, request, directory, fds)
         return pid
 
+    def can_fork(self) -> bool:
+        """Whether the host lets this process fork, where another says that it could not."""
+        try:
+            pid = os.fork()
+        except OSError:
+            return False
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+        return True
+
     def _run(self, packet: Packet) -> None:
         *given, status_fd = packet.fds
         status = socket.socket(fileno=status_fd)

@@ -87,6 +87,10 @@ BREAK = {
     "does not fork": "def broken(*_): raise OSError\ncells._fork_beside = broken",
     "talks nonsense": "cells._fork_beside = lambda _: cells.send(cells._own_socket(), {'x': 1})",
     "sends no JSON": "cells._fork_beside = lambda _: cells._own_socket().send(b'[')",
+    "sends JSON without an end": "cells._fork_beside = lambda _:"
+    " cells._own_socket().send(b'[' * 60000)",
+    "talks nonsense in the new cell": "me, receive = os.getpid(), cells.receive\n"
+    "cells.receive = lambda s: receive(s) if os.getpid() == me else s.send(b'[' * 60000)",
     "ends itself": "cells._fork_beside = lambda _: os._exit(0)",
     "says hello for its child": "import socket\nfork = cells._fork_beside\ndef forged(tid):\n"
     "  for n in range(5, 16):\n    try: os.fstat(n)\n    except OSError: continue\n"
@@ -114,6 +118,12 @@ def test_a_session_that_breaks_its_own_machinery_hurts_only_itself(
     cells.rollback(1)
     assert cells.run("print(x)").stdout == "1\n"
     assert set(sandbox._all) == zygotes
+
+
+def test_what_a_cell_claims_of_its_memory_is_not_believed_beyond_reason(cells: Session) -> None:
+    claim = "cells.send(cells._own_socket(), {'kept': True, 'memory': 10**4000})"
+    result = cells.run(f"import sys; cells = sys.modules['shared.sandbox.cells']\n{claim}")
+    assert result.peak_memory == 0
 
 
 def test_a_state_that_waits_does_nothing_whatever_a_cell_left_running_in_it(
