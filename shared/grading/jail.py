@@ -16,8 +16,8 @@ from pathlib import Path
 from shared.grading.verdict import Decision, Stage, Value
 from shared.sandbox import Limits, Sandbox, Tier
 
-BUDGET = 5.0  # seconds of wall time for one pair
-_CPU_SHARE = 0.6  # of the budget: on a quiet machine CPU time ends it, so that load decides nothing
+BUDGET = 10.0  # seconds of wall time for one pair
+_CPU_SHARE = 0.3  # of the budget: CPU time ends a run unless the machine is very busy
 _MODULES = ("caps", "words", "tree", "verdict", "tokens", "units", "matrices", "cursor", "commands",
             "atoms", "parse", "forms", "values", "symbolic", "scalars", "families", "reals",
             "settle", "labels", "naming", "items", "relations", "equal", "opinion",
