@@ -149,9 +149,6 @@ STEP_FIELDS = _by_name(
     Field("sandbox_tier", Kind.TEXT, _S.sandbox_tier, "tier of the sandbox that it ran under"),
     Field("replayed", Kind.BOOLEAN, _S.replayed, "its session was lost and had to be made again"),
     Field("bytes_cut", Kind.INTEGER, _S.bytes_cut, "of its output that were dropped"),
-    Field("bytes_cut", Kind.INTEGER, _S.bytes_cut, "bytes cut of what it printed"),
-    Field("tier", Kind.TEXT, _S.sandbox_tier, "sandbox tier that it ran under", tuple(Tier)),
-    Field("replayed", Kind.BOOLEAN, _S.replayed, "its session was lost and made again"),
     Field("code_chars", Kind.INTEGER, _S.code_chars, "length of its code"),
     Field("imports", Kind.TEXTS, _S.imports, "top-level modules that its code imports"),
 )
