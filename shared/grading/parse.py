@@ -29,7 +29,6 @@ _RELATIONS = {
 _SEPARATORS = {",": ",", ";": ",", "and": "and", "or": "or", "land": "and", "wedge": "and",
                "lor": "or", "vee": "or", "&&": "and", "||": "or", "&": "and"}  # fmt: skip
 _SETS = {"cup": "union", "cap": "meet", "setminus": "without", "backslash": "without"}
-_TO = Token("word", "to")
 _TIMES = frozenset({"*", "cdot", "times", "ast", "bullet"})
 _STOPS = frozenset(
     {*_RELATIONS, *_SEPARATORS, *_SETS, *_TIMES, *CLOSING.values(), "pm", "mp", "div", "mid",
@@ -153,9 +152,13 @@ class Parser(Atoms):
             node = Node(kind, "", (node, self.ratio()))
         return node
 
+    def _at_to(self) -> bool:
+        r"""2 \text{ to } 1"""
+        return (self.peek().kind, self.peek().value) == ("word", "to")
+
     def ratio(self) -> Node:
         terms = [self.sum()]
-        while not self.in_set and (self.at(":", "colon") or self.peek() == _TO):
+        while not self.in_set and (self.at(":", "colon") or self._at_to()):
             self.next()
             terms.append(self.sum())
         return terms[0] if len(terms) == 1 else Node("ratio", "", tuple(terms))

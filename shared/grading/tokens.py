@@ -180,7 +180,12 @@ class _Lexer:
         if found := _TEXT.match(text, self.position):
             close = text.find("}", found.end())
             inner = text[found.end() : close if close >= 0 else len(text)]
-            if "{" in inner or "\\" in inner.replace("\\ ", "") or "_" in inner or "^" in inner:
+            if (
+                "{" in inner
+                or "\\" in inner.replace("\\ ", "").replace("\\$", "")
+                or "_" in inner
+                or "^" in inner
+            ):
                 self.position = found.end() - 1  # mathematics in another typeface: only a group
                 return
             self.position = close + 1 if close >= 0 else len(text)
