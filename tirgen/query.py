@@ -101,7 +101,7 @@ class Groups:
         """Name and kind of every column. Raises ConfigError for unknown fields."""
         by = [named(name, "--group-by") for name in self.by]
         kinds = {f.name: Kind.TEXT if f.kind is Kind.TEXTS else f.kind for f in by}
-        rates = ("vetted_rate", "vetted_low", "vetted_high", *(f"mean_{n}" for n in self.means))
+        rates = ("rate", "low", "high", *(f"mean_{n}" for n in self.means))
         counts = dict.fromkeys(("n", "n_vetted"), Kind.INTEGER)
         return kinds | counts | dict.fromkeys(rates, Kind.NUMBER)
 

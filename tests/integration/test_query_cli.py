@@ -232,7 +232,7 @@ def test_groups_and_counts_are_printed_in_every_format(tirgen: Tirgen, filled: D
     command = ["query", "--group-by", "run", "--columns", "n_tokens"]
     rows = json.loads(said(tirgen(*command, "--format", "json")))
     assert [(r["run"], r["n"], r["n_vetted"]) for r in rows] == [("one", 20, 12), ("two", 1, 1)]
-    assert rows[0]["vetted_low"] < rows[0]["vetted_rate"] == 0.6 < rows[0]["vetted_high"]
+    assert rows[0]["low"] < rows[0]["rate"] == 0.6 < rows[0]["high"]
     lines = said(tirgen(*command, "--format", "jsonl")).splitlines()
     assert [json.loads(one) for one in lines] == rows
     table = pq.read_table(io.BytesIO(tirgen(*command, "--format", "parquet").stdout_bytes))

@@ -114,7 +114,7 @@ def test_groups_are_what_python_counts(filled: Database) -> None:
     with query.grouped(filled, groups) as found:
         listed = list(found)
     assert list(groups.columns) == [
-        "subject", "level", "n", "n_vetted", "vetted_rate", "vetted_low", "vetted_high",
+        "subject", "level", "n", "n_vetted", "rate", "low", "high",
         "mean_n_tokens", "mean_cleaned",
     ]  # fmt: skip
     members: dict[Any, list[tuple[Any, ...]]] = {}

@@ -70,7 +70,10 @@ def table(names: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") 
     for i, name in enumerate(names):
         is_number = any(row[i].justify == "right" for row in listed)
         is_long = any(row[i].cell_len > NARROW for row in listed)
-        made.add_column(Text(name, justify="right" if is_number else "left"), no_wrap=not is_long)
+        # A number that is cut is another number: where room is short, names and texts give way.
+        least = max(row[i].cell_len for row in listed) if is_number else None
+        header = Text(name, justify="right" if is_number else "left")
+        made.add_column(header, no_wrap=not is_long, min_width=least)
     for row in listed:
         made.add_row(*row)
     return made
