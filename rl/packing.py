@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rl.render import SAMPLED, Kind, Segment
 from shared.errors import ConfigError
+from shared.segments import SAMPLED, Kind, Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +33,7 @@ import jinja2
 from shared.errors import ConfigError, InputError
 from shared.fences import action, observation
 from shared.prompts import Name, Profile, render
+from shared.segments import Kind, Segment
 from shared.trajectory import End, Trajectory
 
 if TYPE_CHECKING:
@@ -58,17 +58,6 @@ PYTHON_TOOL: dict[str, Any] = {
 _SLOT = "\ue000slot\ue000"  # stands for a text while the template renders what is around it
 
 
-class Kind(StrEnum):
-    PROMPT = "prompt"  # everything before the first sampled token
-    THOUGHT = "thought"  # r_t
-    CODE = "code"  # a_t, from its opening fence (or tool call mark) to the closing one
-    OBSERVATION = "observation"  # o_t with all that is injected around it
-    EOS = "eos"  # the token that ends the policy's turn
-
-
-SAMPLED = frozenset({Kind.THOUGHT, Kind.CODE, Kind.EOS})  # I(s,t) = 1: the policy generated it
-
-
 class Format(StrEnum):
     PAPER = "paper"
     TOOL_CALL = "tool_call"
@@ -76,22 +65,6 @@ class Format(StrEnum):
 
 # The tools are declared by the template in the one, by the prompt in the other.
 _PROMPT: dict[Format, Name] = {Format.PAPER: "policy", Format.TOOL_CALL: "reasoner"}
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens of one kind: ids (T,); for what a rollout sampled also the engine's logprobs (T,).
-
-    Raises ValueError where the two differ in length.
-    """
-
-    kind: Kind
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.logprobs is not None and len(self.logprobs) != len(self.ids):
-            raise ValueError(f"{len(self.ids)} ids with {len(self.logprobs)} logprobs")
 
 
 class Run(NamedTuple):
@@ -124,7 +97,7 @@ class Renderer:
         self.tokenizer, self.profile = tokenizer, profile
         self.style, self.thinking = style, thinking
         self.eos = self._turn_end()  # ends the policy's turn; rollouts stop at it
-        self._eos_text = self._decode([self.eos])
+        self._eos_text = self.decode([self.eos])
         added = tokenizer.added_tokens_decoder.values()
         self._special = tuple(token.content for token in added if token.special)
         # Some templates write the beginning of the thinking into the prompt themselves.
@@ -160,7 +133,7 @@ class Renderer:
         A token that straddles belongs to a_t. `logprobs`: the sampler's, for a rollout.
         """
         prefixes = range(len(ids) + 1)
-        at = bisect_right(prefixes, thought, key=lambda n: len(self._decode(ids[:n]))) - 1
+        at = bisect_right(prefixes, thought, key=lambda n: len(self.decode(ids[:n]))) - 1
         parts = ((Kind.THOUGHT, slice(at)), (Kind.CODE, slice(at, None)))
         return [
             Segment(kind, tuple(ids[part]), None if logprobs is None else tuple(logprobs[part]))
@@ -272,7 +245,8 @@ class Renderer:
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=plain)
         return tuple(ids)
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """Their text, special tokens written out."""
         text: str = self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -306,7 +280,7 @@ class Renderer:
         runs = [*_PROBE, Run(said)]
         prompt = self._around(self._header(_SLOT), _ASKED)
         response = [i for part in self._response(runs, ended=True) for i in part.ids]
-        parts = self._decode([*prompt, *response])
+        parts = self.decode([*prompt, *response])
         if self.style is Format.PAPER:  # one turn, which the template never shows again
             whole = self._header(_ASKED) + self._opening + "".join(map(_as_text, runs))
             whole += self._eos_text

@@ -18,7 +18,7 @@ from random import Random
 from typing import Literal
 
 from rl.credit import NO_FAULT
-from rl.render import Kind, Segment
+from shared.segments import Kind, Segment
 from shared.trajectory import Outcome
 
 

@@ -23,8 +23,8 @@ from rl.credit import (
     refill,
     step,
 )
-from rl.render import Kind, Segment
 from rl.steps import FailedStep, StepSettings, choose, failed_steps, prefix
+from shared.segments import Kind, Segment
 from shared.trajectory import Outcome
 from tests.fuzz import fuzz
 

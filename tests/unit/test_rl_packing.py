@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rl.packing import MicroBatch, TrainRow, collate, pack, train_row
-from rl.render import SAMPLED, Kind, Segment
 from shared.errors import ConfigError
+from shared.segments import SAMPLED, Kind, Segment
 from tests.fuzz import fuzz
 
 P, T, C, O, E = Kind.PROMPT, Kind.THOUGHT, Kind.CODE, Kind.OBSERVATION, Kind.EOS  # noqa: E741

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from rl.render import OPENING, PYTHON_TOOL, SAMPLED, Format, Kind, Renderer, Segment
+from rl.render import OPENING, PYTHON_TOOL, Format, Renderer
 from shared.errors import ConfigError, InputError
 from shared.fences import action, observation
 from shared.nano.text import TextCodec
 from shared.prompts import render
 from shared.sandbox.result import Outcome, RunResult, Tier
+from shared.segments import SAMPLED, Kind, Segment
 from shared.trajectory import End, Step, ToolCall, Trajectory
 from tests import chat_templates as templates
 from tests.fuzz import fuzz
