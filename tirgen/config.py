@@ -7,17 +7,16 @@ same distribution: it covers every field except `NOT_IDENTITY`, and the text of 
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+from pydantic import Field, FiniteFloat, field_validator
 
+from shared.config import Section, choose, leaves, merge, merge_settings, read_file, read_toml
+from shared.config import parse as parse_section
 from shared.endpoints import EndpointConfig, Sampling
-from shared.errors import ConfigError
 from shared.prompts import Profile, version
 from shared.sandbox.observation import Style
 from shared.sandbox.result import Tier
@@ -38,10 +37,6 @@ NOT_IDENTITY = frozenset(
 
 
 Mark = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Role(Section):
@@ -197,7 +192,7 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Field path -> value for every field that decides what is generated."""
-        fields = {path: value for path, value in _leaves(self) if path not in NOT_IDENTITY}
+        fields = {path: value for path, value in leaves(self) if path not in NOT_IDENTITY}
         return {**fields, "prompts.version": version(self.prompts)}
 
     @property
@@ -225,7 +220,9 @@ def load(
 
     `settings` are `key=value` with a TOML value ("budgets.calls=3"); a bare word is a string.
     """
-    values = _read(_preset_text(preset), f"preset {preset}")
+    choose(preset, PRESETS, "preset", "--preset")
+    text = files("tirgen").joinpath("presets", f"{preset}.toml").read_text(encoding="utf-8")
+    values = read_toml(text, f"preset {preset}")
     return _layered(values, f"preset {preset}", file, settings, base_url, model)
 
 
@@ -249,101 +246,20 @@ def _layered(
     model: str | None,
 ) -> RunConfig:
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Cannot read the config file: {error}", where=str(file)) from error
-        _merge(values, _read(text, str(file)))
+        merge(values, read_file(file))
     asked = {name: value for name, value in (("base_url", base_url), ("model", model)) if value}
     for role in ("reasoner", "extractor", "judge"):
         if asked and isinstance(values.get(role), dict):
-            _merge(values[role], {"endpoint": asked})
-    for setting in settings:
-        key, sep, value = setting.partition("=")
-        if not sep or not key:
-            raise ConfigError(f"{setting!r} is not key=value.", where="--set")
-        _merge(values, _nested(key.split("."), _value(value)))
+            merge(values[role], {"endpoint": asked})
+    merge_settings(values, settings)
     return parse(values, str(file) if file else where)
 
 
 def parse(values: Mapping[str, Any], where: str) -> RunConfig:
     """Validate; every wrong key is named, an unknown one with its nearest neighbour."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(e["type"], e["loc"], e["msg"]) for e in error.errors()]
-        raise ConfigError(
-            "The configuration is not valid:\n    " + "\n    ".join(lines),
-            where=where,
-            remedy="`tirgen generate --show-config` prints every key with its value.",
-        ) from error
-
-
-def _explain(kind: str, loc: tuple[str | int, ...], message: str) -> str:
-    path = ".".join(map(str, loc))
-    if kind != "extra_forbidden":
-        return f"{path}: {message}"
-    model: Any = RunConfig
-    for part in loc[:-1]:
-        model = _section(model.model_fields[str(part)].annotation)
-    near = difflib.get_close_matches(str(loc[-1]), list(model.model_fields), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{path}: unknown key{hint}"
-
-
-def _section(annotation: Any) -> Any:
-    """The model class inside `X` or `X | None`."""
-    options = getattr(annotation, "__args__", (annotation,))
-    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-
-
-def _preset_text(preset: str) -> str:
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1)
-        raise ConfigError(
-            f"There is no preset {preset!r}.",
-            where="--preset",
-            remedy=f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}",
-        )
-    return files("tirgen").joinpath("presets", f"{preset}.toml").read_text(encoding="utf-8")
-
-
-def _read(text: str, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"Not valid TOML: {error}", where=where) from error
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _nested(path: list[str], value: Any) -> dict[str, Any]:
-    return {path[0]: value if len(path) == 1 else _nested(path[1:], value)}
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = value
+    remedy = "`tirgen generate --show-config` prints every key with its value."
+    return parse_section(RunConfig, values, where, remedy)
 
 
 def _shown(identity: Mapping[str, Any], path: str) -> str:
     return repr(identity[path]) if path in identity else "absent"
-
-
-def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, JSON value) of every field that is not itself a section; a dict field is one value."""
-    plain = section.model_dump(mode="json")
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", plain[name]
