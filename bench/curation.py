@@ -32,6 +32,7 @@ from sqlalchemy import func, select
 
 from shared.fences import action, observation
 from shared.nano.world import solved
+from shared.problems import load_problems
 from shared.sandbox.result import Outcome, RunResult, Tier
 from shared.store import Completed, Database, EmbeddedPostgres, migrate
 from shared.store.models import TrajectoryRow, VerdictRow
@@ -43,7 +44,6 @@ from tirgen.curation import chain
 from tirgen.curation.base import PREFIX, Decision, Example, Given, OfExample
 from tirgen.curation.decontaminate import Decontaminate
 from tirgen.curation.words import grams, words
-from tirgen.problems import load_problems
 from tirgen.stats import wilson
 
 PLANTED = 200

@@ -21,11 +21,11 @@ from shared.fences import Kind, observation, parse
 from shared.grading import Grader, Value
 from shared.grading.extract import last_boxed
 from shared.nano.launch import start_server, stop_server
+from shared.problems import load_problems
 from shared.prompts import render
 from shared.sandbox import Outcome, Sandbox
 from shared.sandbox.observation import observe
 from shared.trajectory import Problem
-from tirgen.problems import load_problems
 from tirgen.seeds import derive
 from tirgen.stack import WEIGHTS
 from tirgen.stats import wilson

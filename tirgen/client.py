@@ -28,6 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from shared.problems import load_problems
 from shared.store import Database, resolve_url
 from shared.store.migrate import upgrade
 from shared.store.models import RunState
@@ -40,7 +41,6 @@ from tirgen.curation.chain import Chain, Curated, apply
 from tirgen.curation.chain import load as load_chain
 from tirgen.curation.problems import stored, unsolved
 from tirgen.curation.snapshots import Snapshots
-from tirgen.problems import load_problems
 from tirgen.stack import Stack
 
 WORKER_SECONDS = 5.0  # how often a watcher looks whether there is still a worker

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError
+from shared.optional import require
 from shared.store import ItemState
-from tirgen.optional import require
 from tirgen.stats import RunStats
 
 GREY = "#9aa5b1"

@@ -13,9 +13,9 @@ import pytest
 from shared.fences import Kind, parse
 from shared.nano.teacher import CALL_FAILURES, block, demonstrations, observe, policy, sabotage
 from shared.nano.world import FAMILIES, solved, stream
+from shared.problems import packaged_problems
 from shared.trajectory import Problem
 from tirgen.code_quality import is_trivial
-from tirgen.problems import packaged_problems
 
 
 @pytest.mark.parametrize("family", FAMILIES)

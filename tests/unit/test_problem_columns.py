@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import ConfigError, InputError
+from shared.problems import field_map, load_problems
 from shared.trajectory import Problem
-from tirgen.problems import field_map, load_problems
 
 GSM8K = {"question": "How many?", "answer": "She has 10 + 8 = 18.\n#### 18"}
 DEEP = {"prompt": [{"role": "user", "content": "How many?"}], "reward": {"truth": "18"}}

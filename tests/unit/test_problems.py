@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shared import problems, rows
 from shared.errors import ConfigError, InputError
+from shared.problems import load_problems, packaged_problems
 from shared.trajectory import Problem
-from tirgen import problems, rows
-from tirgen.problems import load_problems, packaged_problems
 
 GOOD = '{"id": "a", "problem": "What is 6 times 7?", "answer": "42"}\n'
 Write = Callable[..., str]

@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any, TextIO
 
 from shared.errors import ConfigError
+from shared.optional import require
 from tirgen.cli.render import json_text, line
 from tirgen.fields import Kind
-from tirgen.optional import require
 
 ROW_GROUP = 10_000
 Columns = Mapping[str, Kind]  # name and type

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from shared.errors import ConfigError
+from shared.problems import field_map, load_problems
 from shared.sandbox.backend import backend
 from shared.sandbox.diagnose import probe
 from shared.store.models import ItemState, RunState
@@ -30,7 +31,6 @@ from tirgen.cli.common import console, open_database
 from tirgen.cli.read import stats
 from tirgen.client import Client
 from tirgen.config import PRESETS, RunConfig, override
-from tirgen.problems import field_map, load_problems
 
 COLUMNS = (
     SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),

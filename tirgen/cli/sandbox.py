@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from shared.errors import InputError
+from shared.optional import require
 from shared.sandbox import Outcome, Sandbox, Tier
 from shared.sandbox.backend import backend
 from shared.sandbox.remote import TOKEN
 from tirgen.cli.common import Format, console
 from tirgen.cli.render import json_text, visible
-from tirgen.optional import require
 
 app = typer.Typer(no_args_is_help=True, help="The Python tool by itself.")
 

@@ -28,9 +28,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
+from shared.problems import load_problems
 from tirgen.curation.base import Context, Decision, Filter, Row, Sieve
 from tirgen.curation.words import agreement, grams, numbers, stems, words
-from tirgen.problems import load_problems
 
 TELLING = 3  # numbers up to here are in every other problem
 FEW = 2  # different telling numbers; with fewer, another problem may well have the same ones

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from shared.optional import require
 from tirgen.curation.base import Context, Decision, Filter, Row, Sieve
 from tirgen.curation.words import agreement, grams, numbers, words
-from tirgen.optional import require
 
 PERMUTATIONS = 128
 MARGIN = 0.15  # pairs that are estimated so far below the threshold are measured, too

@@ -19,11 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from shared import rows
 from shared.errors import ConfigError, InputError
 from shared.grading.extract import last_boxed
+from shared.rows import EXPECTED, Literal, Row, brief
 from shared.trajectory import Problem
-from tirgen import rows
-from tirgen.rows import EXPECTED, Literal, Row, brief
 
 NANO = "nano"  # name of the packaged problems, wherever a source is asked for
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import InputError
-from tirgen.optional import require
+from shared.optional import require
 
 SUFFIXES = ".jsonl, .json, .csv (each also with .gz), .parquet"
 MAX_LINE = 1 << 24  # bytes; one problem is never that long, but a file of another kind may be
