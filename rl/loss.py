@@ -102,6 +102,8 @@ def count(rows: Iterable[tuple[Level, int, float]]) -> dict[Level, Counts]:
 
 def token_weight(tokens: int, window: Counts, aggregation: Aggregation, length: int = 1) -> float:
     """w of each of a row's loss tokens (`tokens` of them), by the counts of the window."""
+    if tokens == 0:
+        return 0.0
     match aggregation:
         case "token-mean":
             return 1 / window.tokens

@@ -1,0 +1,124 @@
+"""One optimizer step of the same rows, cut in every way; a program for each rank.
+
+Rank 0 writes to its argument: by case, what each parameter changed by and what the step reported. All cases run
+in one process per rank, because starting DeepSpeed costs more than they do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rl.config import EngineConfig, OptimizerConfig, SftConfig
+from rl.data import Position, Window
+from rl.engine import Engine
+from rl.model import Policy
+from rl.packing import TrainRow
+from rl.sft import train_window
+from rl.world import World, join
+
+LR = 0.5
+SIZES = (3, 17, 5, 9, 26, 4, 12, 8, 31, 6, 15, 10)  # tokens of twelve ragged rows
+
+
+def model() -> Qwen3ForCausalLM:
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+        tie_word_embeddings=True, dtype="float32",
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).train()
+
+
+def rows() -> tuple[TrainRow, ...]:
+    random = Random(5)
+    made = []
+    for n in SIZES:
+        ids = tuple(random.randrange(61) for _ in range(n))
+        learn = (False, *(random.random() < 0.6 for _ in range(n - 1)))
+        made.append(TrainRow(ids, learn, (0.0,) * n))
+    made[5] = TrainRow(made[5].ids, (False,) * SIZES[5], made[5].sampler)  # a row without loss
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class Case:
+    zero: int = 0
+    budget: int = 160  # 160: one micro-batch in a world of one
+    layout: str = "packed"
+    aggregation: str = "token-mean"
+    clip: float | None = None
+    offload: bool = False
+    managed: bool = False  # control: DeepSpeed believes to own the boundary
+    few: bool = False  # two rows only: some rank has a micro-batch without rows
+
+    @property
+    def name(self) -> str:
+        return repr(self)
+
+
+CASES = [
+    *(
+        Case(zero=zero, budget=budget, layout=layout)
+        for zero in range(4)
+        for budget in (160, 80, 31)
+        for layout in ("packed", "padded")
+    ),
+    *(Case(zero=zero, budget=31, aggregation="seq-mean-token-mean") for zero in range(4)),
+    *(Case(zero=zero, budget=31, clip=0.01) for zero in range(4)),
+    *(Case(zero=zero, budget=31, few=True) for zero in range(4)),
+    *(Case(zero=zero, budget=31, offload=True) for zero in (1, 2, 3)),
+    *(Case(zero=zero, budget=31, managed=True) for zero in range(4)),
+]
+
+
+def config(case: Case) -> SftConfig:
+    engine = EngineConfig(
+        zero=case.zero,
+        dtype="fp32",
+        token_budget=case.budget,
+        layout=case.layout,
+        max_grad_norm=case.clip,
+        offload_optimizer=case.offload,
+        deepspeed={"managed_gradient_accumulation": True} if case.managed else {},
+    )
+    return SftConfig(
+        model={"path": "-"},
+        data={"snapshot": "-"},
+        engine=engine,
+        optimizer=OptimizerConfig(kind="sgd", lr=LR, weight_decay=0.0),
+        aggregation=case.aggregation,
+    )
+
+
+def run(case: Case, world: World) -> dict[str, Any]:
+    lm = model()
+    before = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    chosen = config(case)
+    engine = Engine(Policy(lm), chosen.engine, chosen.optimizer, world, 1)
+    some = rows()[8:10] if case.few else rows()
+    values = train_window(chosen, engine, Window(some, Counter(), Position(1, 0)))
+    change = {name: (now - before[name]).clone() for name, now in engine.parameters()}
+    reported = world.gather({key: values[key] for key in ("loss", "grad_norm")})
+    return {"change": change, "reported": reported}
+
+
+def main(out: Path) -> None:
+    world = join(timedelta(minutes=2))
+    results = {case.name: run(case, world) for case in CASES}
+    if world.is_first:
+        torch.save(results, out)
+    world.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
