@@ -1,4 +1,4 @@
-"""The ranks of one training job: who this process is, and the few things that ranks tell each other.
+"""The ranks of one training job: who this process is, and what ranks tell each other.
 
 Started by torchrun, Slurm or by hand with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
 in the environment; without them a world of one. All that ranks exchange goes through here, in an

@@ -1,7 +1,8 @@
 """Typed configuration from files and `key=value` settings, in which a wrong key is named.
 
-A configuration is a frozen pydantic model; a part of it may be a frozen dataclass. It is read in layers (a preset, a file, settings), each
-over the one before, and checked as a whole before any work starts.
+A configuration is a frozen pydantic model; a part of it may be a frozen dataclass. It is read in
+layers (a preset, a file, settings), each over the one before, and checked as a whole before any
+work starts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One optimizer step of the same rows, cut in every way; a program for each rank.
 
-Rank 0 writes to its argument: by case, what each parameter changed by and what the step reported. All cases run
-in one process per rank, because starting DeepSpeed costs more than they do.
+Rank 0 writes to its argument: by case, what each parameter changed by and what was reported. All
+cases run in one process per rank, because starting DeepSpeed costs more than they do.
 """
 
 from __future__ import annotations
