@@ -141,6 +141,8 @@ class End(StrEnum):
     LENGTH_BUDGET = "length_budget"
     GAVE_UP = "gave_up"  # the reasoner ended its turn without a boxed answer
     OWN_BLOCK = "own_block"  # the reasoner wrote a code or output block that nobody executed
+    FAILED_CALL = "failed_call"  # a rollout that is not continued after its first failed call
+    INFRASTRUCTURE = "infrastructure"  # the sandbox failed for good: nothing to judge
 
 
 @dataclass(frozen=True, slots=True)
