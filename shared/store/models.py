@@ -52,6 +52,23 @@ def _one_of(column: str, values: type[StrEnum]) -> str:
     return f"{column} IN ({', '.join(repr(v.value) for v in values)})"
 
 
+class JobState(StrEnum):
+    """Where a training job stands (rl/job_rows.py moves it)."""
+
+    QUEUED = "queued"  # nobody works on it yet
+    RUNNING = "running"  # somebody does, and says so by its heartbeat
+    DONE = "done"
+    FAILED = "failed"  # `error_class`, `error_text`
+    CANCELLED = "cancelled"
+    LOST = "lost"  # no heartbeat for long; running again should one come after all
+
+
+class JobPlace(StrEnum):
+    LOCAL = "local"  # this host, or hosts reached by ssh
+    SLURM = "slurm"
+    CELERY = "celery"  # whichever worker takes it from its queue
+
+
 class Base(DeclarativeBase):
     metadata = MetaData(
         naming_convention={
@@ -422,6 +439,78 @@ class CurationStageRow(Base):
     version: Mapped[str]
     n_before: Mapped[int]
     n_after: Mapped[int]
+
+
+class JobRow(Base):
+    """A training job (rl/jobs.py). Who works on it holds `token`, which only ever grows.
+
+    `heartbeat_at` is its last sign of life; of one that waits for a worker, when that was rung for.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", JobState), name="state"),
+        CheckConstraint(_one_of("place", JobPlace), name="place"),
+        CheckConstraint("state <> 'failed' OR error_class IS NOT NULL", name="failed"),
+        CheckConstraint("(place = 'celery') = (queue IS NOT NULL)", name="queue"),
+        Index("jobs_open_idx", "id", postgresql_where=text("state IN ('queued', 'running')")),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    command: Mapped[str]  # sft, train, eval
+    place: Mapped[str]
+    queue: Mapped[str | None]
+    spec: Mapped[dict[str, Any]]  # how to start it again: rl.job_file.Spec
+    out: Mapped[str]
+    snapshot_name: Mapped[str | None]
+    snapshot_digest: Mapped[str | None]
+    config: Mapped[dict[str, Any] | None]  # the recipe, resolved; NULL before it first ran
+    config_digest: Mapped[str | None]
+    code_version: Mapped[str]
+    created_by: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default=JobState.QUEUED)
+    token: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    host: Mapped[str | None]
+    pid: Mapped[int | None]
+    world_size: Mapped[int | None]
+    external_id: Mapped[str | None]  # of the Slurm job
+    heartbeat_at: Mapped[datetime | None]
+    cancel_at: Mapped[datetime | None]  # when somebody asked for its end
+    cancel_grace: Mapped[float | None]  # seconds that it may take over it
+    restarts: Mapped[int] = mapped_column(server_default="0")  # how often it may be lost
+    losses: Mapped[int] = mapped_column(server_default="0")  # how often it was
+    error_class: Mapped[str | None]
+    error_text: Mapped[str | None]
+    log_tail: Mapped[str | None]  # the end of OUT/log.txt
+    log_bytes: Mapped[int | None] = mapped_column(BigInteger)  # its length when that was taken
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]  # for the last time
+    finished_at: Mapped[datetime | None]
+
+
+class JobMetricRow(Base):
+    """What a job measured at one step. A job that resumes makes anew the steps it goes back to."""
+
+    __tablename__ = "job_metrics"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    metrics: Mapped[dict[str, Any]]
+    logged_at: Mapped[datetime]  # by the trainer's clock: the database may have been away
+
+
+class JobCheckpointRow(Base):
+    """A checkpoint that a job wrote. `path` is on the job's host, and may be gone by now."""
+
+    __tablename__ = "job_checkpoints"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    path: Mapped[str]
+    n_bytes: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str | None]
+    saved_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 # A view: of each problem in each run, how many samples had a decided answer, how many a right one.

@@ -19,12 +19,13 @@ TRAINER = "tirgen_trainer"
 ROLES = {
     WRITER: "workers, and people who start runs: reads all, adds rows, deletes no data",
     READER: "queries: reads all, writes nothing",
-    TRAINER: "training jobs: reads snapshots and what they name, writes nothing",
+    TRAINER: "training jobs: reads snapshots and what they name, writes its jobs and their metrics",
 }
 TRAINER_READS = (
     "alembic_version", "snapshots", "snapshot_rows", "snapshot_runs", "trajectories", "problems",
     "verdicts", "current_verdicts", "runs",
 )  # fmt: skip
+TRAINER_WRITES = ("jobs", "job_metrics", "job_checkpoints")
 
 
 def create(db: Database) -> None:
@@ -45,6 +46,11 @@ def create(db: Database) -> None:
         for statement in _grants("public", f"{READER}, {WRITER}"):
             session.execute(text(statement))
         session.execute(text(f"GRANT SELECT ON {', '.join(TRAINER_READS)} TO {TRAINER}"))
+        written = ", ".join(TRAINER_WRITES)
+        session.execute(text(f"GRANT SELECT, INSERT, UPDATE ON {written} TO {TRAINER}"))
+        # A job that resumes makes anew the steps it goes back to.
+        undone = "job_metrics, job_checkpoints"
+        session.execute(text(f"GRANT DELETE ON {undone} TO {TRAINER}, {WRITER}"))
         if _has_schema(session, "pgmq"):
             for statement in _broker_grants():
                 session.execute(text(statement))
