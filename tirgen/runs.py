@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
 
 from shared.endpoints import Endpoint, EndpointConfig
 from shared.errors import ConfigError
@@ -15,6 +12,7 @@ from shared.store.models import RunRow
 from shared.store.queries import find_run
 from shared.store.trajectories import import_problems
 from shared.trajectory import Problem
+from shared.version import code_version
 from shared.work.celery_app import check_broker, make_app, prepare_broker, publish
 from shared.work.items import create_items
 from shared.work.runs import create_run
@@ -23,18 +21,6 @@ from shared.work.slots import ring as ring_slots
 from tirgen.config import RunConfig, differences, parse
 
 KIND = "generate"  # of the run, hence of its queue and its task
-
-
-def code_version() -> str:
-    """The package's version, and the commit where it runs from a checkout."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return version("tirgen")
-    commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    return f"{version('tirgen')}+{commit}" if commit else version("tirgen")
 
 
 def start(

@@ -17,6 +17,7 @@ from shared.grading import Grader
 from shared.sandbox.backend import backend
 from shared.store.database import Database
 from shared.store.trajectories import Completed, RoleUsage
+from shared.version import code_version
 from shared.work import celery_app
 from shared.work.items import Failed, LeasedItem
 from shared.work.slices import Handler, RunInfo, SliceSettings
@@ -25,7 +26,7 @@ from tirgen.agents.reasoner import Reasoner
 from tirgen.agents.verifier import Judge, Verifier
 from tirgen.config import RunConfig, parse
 from tirgen.graph import Agents, Graph
-from tirgen.runs import KIND, code_version, endpoints
+from tirgen.runs import KIND, endpoints
 from tirgen.seeds import derive
 
 

@@ -22,15 +22,14 @@ from typer.testing import CliRunner, Result
 from shared.errors import TirgenError
 from shared.store import Database, ItemState
 from shared.store.models import RunRow, VerdictRow
+from shared.terminal import console, json_text, line, visible
 from shared.trajectory import Step, Trajectory
 from tests import stored
 from tirgen import query, stats
 from tirgen.cli import db as db_commands
 from tirgen.cli import read
 from tirgen.cli import runs as run_commands
-from tirgen.cli.common import console
 from tirgen.cli.export import write_csv, write_jsonl
-from tirgen.cli.render import json_text, line, visible
 from tirgen.fields import FIELDS, FUNCTIONS, STEP_FIELDS, Kind
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from tirgen.cli.render import table
+from shared.terminal import table
 
 
 def test_a_number_is_never_cut_where_room_is_short() -> None:

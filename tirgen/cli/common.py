@@ -1,20 +1,9 @@
-"""What every command uses: the database, the terminal, the output formats."""
+"""What every command uses: the database."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-
-from rich.console import Console
-
 from shared.store import Database, resolve_url
 from shared.store import migrate as migrations
-
-console = Console()
-
-
-class Format(StrEnum):
-    TABLE = "table"
-    JSON = "json"
 
 
 def open_database(migrate: bool = True) -> Database:

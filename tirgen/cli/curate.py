@@ -15,9 +15,9 @@ from sqlalchemy.dialects.postgresql import distinct_on
 
 from shared.store import Database
 from shared.store.models import VerdictRow
+from shared.terminal import Format, console, json_text, line, share, table
 from tirgen import query
-from tirgen.cli.common import Format, console, open_database
-from tirgen.cli.render import json_text, line, share, table
+from tirgen.cli.common import open_database
 from tirgen.curation import chain as chains
 from tirgen.curation.base import PREFIX, Filter, failures
 

@@ -9,9 +9,9 @@ import typer
 from rich.text import Text
 
 from shared.store import migrate, roles, upkeep
+from shared.terminal import Format, console, json_text, table
 from shared.work.celery_app import make_app, prepare_broker
-from tirgen.cli.common import Format, console, open_database
-from tirgen.cli.render import json_text, table
+from tirgen.cli.common import open_database
 
 app = typer.Typer(no_args_is_help=True, help="The database: schema, size, backups, roles.")
 

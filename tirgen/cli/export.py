@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from shared.errors import ConfigError
 from shared.optional import require
-from tirgen.cli.render import json_text, line
+from shared.terminal import json_text, line
 from tirgen.fields import Kind
 
 ROW_GROUP = 10_000

@@ -25,9 +25,10 @@ from shared.sandbox.backend import backend
 from shared.sandbox.diagnose import probe
 from shared.store.models import ItemState, RunState
 from shared.store.queries import Funnel, usage
+from shared.terminal import console
 from shared.work import items
 from tirgen import runs
-from tirgen.cli.common import console, open_database
+from tirgen.cli.common import open_database
 from tirgen.cli.read import stats
 from tirgen.client import Client
 from tirgen.config import PRESETS, RunConfig, override

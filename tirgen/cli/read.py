@@ -13,12 +13,12 @@ import typer
 from rich.text import Text
 
 from shared.errors import ConfigError
+from shared.terminal import Format, console, json_text, table
 from tirgen import query as queries
 from tirgen.cli import report
 from tirgen.cli import show as showing
-from tirgen.cli.common import Format, console, open_database
+from tirgen.cli.common import open_database
 from tirgen.cli.export import WRITERS
-from tirgen.cli.render import json_text, table
 from tirgen.fields import FIELDS, FUNCTIONS, STEP_FIELDS
 from tirgen.stats import failures as failed_items
 from tirgen.stats import gather

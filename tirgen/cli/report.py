@@ -10,8 +10,8 @@ from rich.text import Text
 
 from shared.sandbox.result import Outcome
 from shared.store import ItemState
+from shared.terminal import line, percent, share, table, visible
 from tirgen.agreement import Summary
-from tirgen.cli.render import line, percent, share, table, visible
 from tirgen.stats import RunStats, wilson
 
 BAR = 24  # characters

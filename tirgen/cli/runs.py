@@ -9,8 +9,8 @@ import typer
 from shared.store import ItemState
 from shared.store.queries import Funnel, funnels
 from shared.store.retention import delete_run, extent
-from tirgen.cli.common import Format, console, open_database
-from tirgen.cli.render import age, json_text, share, table
+from shared.terminal import Format, age, console, json_text, share, table
+from tirgen.cli.common import open_database
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
 

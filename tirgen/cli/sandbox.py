@@ -14,8 +14,7 @@ from shared.optional import require
 from shared.sandbox import Outcome, Sandbox, Tier
 from shared.sandbox.backend import backend
 from shared.sandbox.remote import TOKEN
-from tirgen.cli.common import Format, console
-from tirgen.cli.render import json_text, visible
+from shared.terminal import Format, console, json_text, visible
 
 app = typer.Typer(no_args_is_help=True, help="The Python tool by itself.")
 

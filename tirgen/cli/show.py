@@ -18,9 +18,9 @@ from shared.sandbox.result import Outcome
 from shared.store import Database
 from shared.store.models import VerdictRow
 from shared.store.trajectories import read
+from shared.terminal import cell, table, visible
 from shared.trajectory import Step, ToolCall, Trajectory
 from tirgen import query
-from tirgen.cli.render import cell, table, visible
 from tirgen.fields import FIELDS
 
 HIGHLIGHTED = 20_000  # characters of code up to which it is coloured

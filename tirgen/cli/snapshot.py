@@ -13,8 +13,8 @@ from rich.text import Text
 
 from shared.store.models import SnapshotKind
 from shared.store.snapshots import Record
-from tirgen.cli.common import Format, console, open_database
-from tirgen.cli.render import age, json_text, line, percent, table
+from shared.terminal import Format, age, console, json_text, line, percent, table
+from tirgen.cli.common import open_database
 from tirgen.curation import splits
 from tirgen.curation.audit import Difference, Report
 from tirgen.curation.snapshots import Snapshots

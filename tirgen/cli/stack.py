@@ -21,8 +21,9 @@ from shared.sandbox import Sandbox
 from shared.sandbox.diagnose import NEEDS, diagnose
 from shared.store import migrate
 from shared.store.database import Database, resolve_url
+from shared.terminal import Format, console
 from shared.work.celery_app import check_broker, make_app, prepare_broker
-from tirgen.cli.common import Format, console, open_database
+from tirgen.cli.common import open_database
 from tirgen.config import Tool
 from tirgen.stack import Stack
 from tirgen.worker import serve

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from shared.terminal import Format, console, json_text, line, percent, table
 from shared.trajectory import Check
 from tirgen import agreement, reverify
 from tirgen.agents.verifier import version_of
-from tirgen.cli.common import Format, console, open_database
-from tirgen.cli.render import json_text, line, percent, table
+from tirgen.cli.common import open_database
 from tirgen.cli.report import agreed
 from tirgen.reverify import Change, Rejudged, Scope, Transition
 

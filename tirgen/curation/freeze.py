@@ -35,7 +35,8 @@ from shared.store.snapshot_rows import UNREADABLE
 from shared.store.snapshots import COLUMNS, Record
 from shared.store.trajectories import copy_in, decode
 from shared.trajectory import Check, clean, content_hash
-from tirgen import query, runs
+from shared.version import code_version
+from tirgen import query
 from tirgen.curation import chain as chains
 from tirgen.curation import splits
 from tirgen.curation.base import PREFIX
@@ -123,7 +124,7 @@ def create(db: Database, request: Request) -> Record:
             "shares": dict(request.shares),
             "funnel": funnel,
             **origin(session, snapshot_id, request.kind, rows.run_ids),
-            "code_version": runs.code_version(),
+            "code_version": code_version(),
         }
         record = Record(
             request.name, request.kind, digest, rows.n, rows.splits, clean(lineage)[0],

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+console = Console()
 
 CELL = 200  # characters of a value that a table may show
 NARROW = 12  # characters; a column of no more keeps its width
@@ -21,6 +25,13 @@ _ESCAPES = {c: f"\\x{c:02x}" if c < 0x100 else f"\\u{c:04x}" for c in _UNSAFE}
 _IN_TEXT = {c: shown for c, shown in _ESCAPES.items() if c not in (0x09, 0x0A)}
 _IN_LINE = _ESCAPES | {0x09: " ", 0x0A: "⏎"}
 _IN_JSON = {c: f"\\u{c:04x}" for c in _UNSAFE if c >= 0x7F}  # below, json has done it
+
+
+class Format(StrEnum):
+    """Of a list that a command prints."""
+
+    TABLE = "table"
+    JSON = "json"
 
 
 def visible(text: str) -> str:
