@@ -54,7 +54,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    snapshot: str = Field(description="A snapshot of the database, or an exported folder.")
+    snapshot: str = Field(
+        description="A snapshot of the database, or an exported folder; sft: `nano`, its teacher."
+    )
     url: str | None = Field(default=None, description="Its database; default as for tirgen.")
     split: str | None = Field(default=None, description="Only this split of it.")
     max_length: int = Field(
@@ -69,7 +71,9 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0, description="Of matrices only.")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = Field(default=0, ge=0, description="Optimizer steps until the full rate.")
+    warmup: float = Field(
+        default=0, ge=0, description="Optimizer steps until the full rate; below 1, share of all."
+    )
     least: float = Field(default=0.0, ge=0, le=1, description="Share of the rate at the end.")
 
 
@@ -204,6 +208,15 @@ class Schedule(Section):
         return max(past, key=lambda s: s.rollout).calls if past else default
 
 
+class HeldOut(Section):
+    """Problems of another split of the snapshot, to measure progress on."""
+
+    split: str
+    every: int = Field(default=10, ge=1, description="Rollouts; also before the first and at last.")
+    limit: int = Field(default=256, ge=1)
+    samples: int = Field(default=1, ge=1)
+
+
 class TrainConfig(Common):
     """`tirgen-rl train`: hierarchical RL."""
 
@@ -213,6 +226,7 @@ class TrainConfig(Common):
     credit: CreditSettings = CreditSettings()
     step: StepSettings = StepSettings()
     loss: LossSettings = LossSettings()
+    heldout: HeldOut | None = None
     old_logprobs: Literal["trainer", "sampler"] = Field(
         default="trainer",
         description="pi_old by a forward pass of the trainer, or the sampler's own (no TIS then).",

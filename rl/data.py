@@ -24,6 +24,8 @@ from shared.store.snapshot_reader import Snapshot
 from shared.store.snapshot_rows import TrajectoryEntry
 from shared.trajectory import Problem
 
+NANO = "nano"  # in place of a snapshot's name: the demonstrations of `rl.nano`
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:
@@ -150,18 +152,18 @@ class Prompts:
     Either kind of snapshot will do; of trajectories, each problem is taken once. On every rank all.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, split: str | None) -> None:
         """Raises InputError, DatabaseError or ConfigError where the snapshot cannot be used."""
         snapshot = Snapshot.open(config.snapshot, config.url)
         self.digest = snapshot.digest
         if snapshot.record.kind is SnapshotKind.PROBLEMS:
-            problems = [entry.problem for entry in snapshot.problems(split=config.split)]
+            problems = [entry.problem for entry in snapshot.problems(split=split)]
         else:
-            problems = [entry.problem for entry in snapshot.rows(split=config.split)]
+            problems = [entry.problem for entry in snapshot.rows(split=split)]
         self.problems = list({problem.key: problem for problem in problems}.values())
         if not self.problems:
             raise ConfigError(
-                f"There are no problems in {config.snapshot}.",
+                f"There are no problems in {config.snapshot}, split {split}.",
                 where="data.snapshot, data.split",
                 remedy="`tirgen snapshot show NAME` lists its splits with their sizes",
             )

@@ -169,7 +169,8 @@ def make_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
     """The rate of optimizer step number `step` (from 0) of `total`: warm-up, then the schedule."""
-    warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
+    until = config.warmup * total if config.warmup < 1 else config.warmup
+    warm = min(1.0, (step + 1) / until) if until else 1.0
     progress = min(1.0, step / max(1, total))
     match config.schedule:
         case "constant":

@@ -1,36 +1,40 @@
-"""The recipe of nano: tokenizer, model and weights of the packaged policy, from nothing.
+"""nano's beginning: its tokenizer, its architecture, and the demonstrations that it learns from.
 
-    python -m rl.nano --tokens 24_000_000 --out shared/nano/weights
+    python -m rl.nano --out DIR                              # tokenizer and untrained weights
+    tirgen-rl sft --preset sft-nano --model DIR --out OUT    # the recipe
 
-Trains on `shared.nano.teacher` demonstrations only (the train split of the problem world). Loss is
-the mean negative log-likelihood over learnable reply tokens; observations and prompts carry none.
-Plain torch on purpose: the trainer proper arrives with DeepSpeed, and this becomes its recipe.
+`data.snapshot = "nano"` names the demonstrations of `shared.nano.teacher` (the train split of the
+problem world), made up as they are needed: an endless, seeded stream, cut at `EPOCH` rows. Prompts
+and observations carry no loss.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import math
-import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from rl.data import Position, Window
+from rl.packing import TrainRow
+from rl.world import World
 from shared.nano.teacher import Demo, demonstrations
-
-log = logging.getLogger(__name__)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
 VOCABULARY = 1024
 CONTEXT = 1024
+EPOCH = 2**17  # demonstrations that count as one pass
 
 # Qwen3's turns; `enable_thinking` is off unless asked for, and then an empty thought is pre-filled.
 CHAT_TEMPLATE = (
@@ -96,15 +100,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
     return Qwen3ForCausalLM(config)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One exchange as token ids (T,) with the loss mask (T,) of the same length."""
-
-    ids: list[int]
-    learn: list[bool]
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, demo: Demo) -> Row:
+def encode(tokenizer: PreTrainedTokenizerBase, demo: Demo) -> TrainRow:
     """Prompt through the chat template, then every segment by itself: masks need no offsets."""
     header = tokenizer.apply_chat_template(
         [{"role": "user", "content": demo.prompt}],
@@ -118,110 +114,44 @@ def encode(tokenizer: PreTrainedTokenizerFast, demo: Demo) -> Row:
         tokens = tokenizer.encode(segment.text, add_special_tokens=False)
         ids += tokens
         learn += [segment.learn] * len(tokens)
-    return Row([*ids, tokenizer.eos_token_id], [*learn, True])
+    ids.append(tokenizer.eos_token_id)
+    learn.append(True)
+    return TrainRow(tuple(ids), tuple(learn), (0.0,) * len(ids))
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, budget: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Micro-batches of about `budget` tokens: ids (B, T) and labels (B, T), -100 without loss.
+class Demonstrations:
+    """`rl.data.Source` of the teacher's demonstrations; each rank makes its share of a window."""
 
-    Rows are sorted by length within a pool, so that padding stays small; batches are then shuffled.
-    """
-    demos = demonstrations(seed)
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        rows = sorted((encode(tokenizer, d) for d in islice(demos, 4096)), key=lambda r: len(r.ids))
-        cut: list[list[Row]] = [[]]
-        for row in rows:
-            if cut[-1] and len(row.ids) * (len(cut[-1]) + 1) > budget:
-                cut.append([])
-            cut[-1].append(row)
-        for i in torch.randperm(len(cut), generator=generator).tolist():
-            width = max(len(row.ids) for row in cut[i])
-            ids = torch.full((len(cut[i]), width), tokenizer.pad_token_id)
-            labels = torch.full_like(ids, -100)
-            for j, row in enumerate(cut[i]):
-                n = len(row.ids)
-                ids[j, :n] = torch.tensor(row.ids)
-                labels[j, :n] = torch.where(torch.tensor(row.learn), ids[j, :n], -100)
-            yield ids, labels
+    digest = None
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, world: World) -> None:
+        self.tokenizer, self.seed, self.world = tokenizer, seed, world
 
-def train(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    tokens: int,
-    seed: int,
-    out: Path,
-    peak_lr: float,
-    budget: int = 6144,
-) -> None:
-    """AdamW, warm-up, cosine to a twentieth; saves every 10 %, so that a cut run is usable."""
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=peak_lr,
-        betas=(0.9, 0.98),
-    )
-    seen, started, saved, mean = 0, time.monotonic(), 0, math.nan
-    for step, (ids, labels) in enumerate(batches(tokenizer, seed, budget), start=1):
-        progress = seen / tokens
-        if progress >= 1:
-            break
-        warm = min(1.0, step / 100)
-        rate = peak_lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        # Rows are padded on the right and attention is causal: padding needs no mask.
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen += ids.numel()
-        mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
-        if step % 50 == 0:
-            speed = seen / (time.monotonic() - started)
-            log.info("step %d  tokens %.2fM  loss %.4f  %.0f tok/s", step, seen / 1e6, mean, speed)
-        if seen >= (saved + 1) * tokens // 10:
-            saved += 1
-            save(model, tokenizer, out)
+    def __len__(self) -> int:
+        return EPOCH
 
-
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """The Hugging Face layout that transformers, vLLM and nano's own server read."""
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    def windows(self, start: Position, epochs: int, size: int) -> Iterator[Window]:
+        done = start.epoch * EPOCH + start.row
+        demos = islice(demonstrations(self.seed), done, None)
+        while done < epochs * EPOCH:
+            window = list(islice(demos, min(size, EPOCH - done % EPOCH)))
+            mine = window[self.world.rank :: self.world.size]
+            parts = self.world.gather([encode(self.tokenizer, demo) for demo in mine])
+            rows = [row for turn in zip_longest(*parts) for row in turn if row is not None]
+            done += len(window)
+            yield Window(tuple(rows), Counter(), Position(*divmod(done, EPOCH)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=24_000_000)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--init", type=Path, help="go on from these weights")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("shared/nano/weights"))
+    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(args.threads)
-    if args.init:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
-        model = Qwen3ForCausalLM.from_pretrained(args.init, dtype=torch.float32)
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    else:
-        tokenizer = make_tokenizer()
-        model = make_model(tokenizer, args.seed)
-    n = sum(p.numel() for p in model.parameters())
-    log.info("%s parameters, vocabulary %d", f"{n:,}", len(tokenizer))
-    train(model, tokenizer, tokens=args.tokens, seed=args.seed, out=args.out, peak_lr=args.lr)
-    save(model, tokenizer, args.out)
-    card = {"parameters": n, "tokens": args.tokens, "seed": args.seed}
-    log.info("saved %s", json.dumps(card))
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, args.seed)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")  # noqa: T201
 
 
 if __name__ == "__main__":

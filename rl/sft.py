@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 from rl.checkpoint import Progress
 from rl.config import SftConfig
-from rl.data import SnapshotSource, Source, Window
+from rl.data import NANO, SnapshotSource, Source, Window
 from rl.engine import Engine
 from rl.loss import Counts, token_weight
 from rl.model import Policy, attention_cost, load_model, load_tokenizer
+from rl.nano import Demonstrations
 from rl.packing import TrainRow, collate, pack
 from rl.session import Clock, Session, make_renderer
 from shared.errors import ConfigError
@@ -31,12 +32,16 @@ if TYPE_CHECKING:
 def run(config: SftConfig, session: Session, *, resume: bool) -> None:
     """Train on the configured snapshot; see `train`."""
     tokenizer = load_tokenizer(config.model)
-    source = SnapshotSource(
-        config.data,
-        make_renderer(config, tokenizer),
-        session.world,
-        observations=config.learn_observations,
-    )
+    source: Source
+    if config.data.snapshot == NANO:
+        source = Demonstrations(tokenizer, config.seed, session.world)
+    else:
+        source = SnapshotSource(
+            config.data,
+            make_renderer(config, tokenizer),
+            session.world,
+            observations=config.learn_observations,
+        )
     policy = Policy(load_model(config.model, config.seed), chunk=config.model.logits_chunk)
     train(config, session, source, policy, tokenizer, resume=resume)
 

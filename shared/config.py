@@ -105,7 +105,7 @@ def choose(name: str, among: Iterable[str], what: str, where: str) -> None:
 
 def _explain(kind: type[BaseModel], error: str, loc: tuple[str | int, ...], message: str) -> str:
     path = ".".join(map(str, loc))
-    if error != "extra_forbidden":
+    if error not in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, a dataclass
         return f"{path}: {message}"
     model: Any = kind
     for part in loc[:-1]:
