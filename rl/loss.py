@@ -234,12 +234,17 @@ class LossBatch:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`total` has the gradient; `policy` and `nll` are its parts. All are sums, to be added up."""
+    """`total` has the gradient; `policy` and `nll` are its parts. All are sums, to be added up.
+
+    `logp_N` and `importance_N` are for the metrics, without gradient.
+    """
 
     total: Tensor
     policy: Tensor
     nll: Tensor
     tokens: TokenLoss
+    logp_N: Tensor
+    importance_N: Tensor
 
 
 def objective(logp_N: Tensor, batch: LossBatch, settings: LossSettings) -> Loss:
@@ -251,4 +256,4 @@ def objective(logp_N: Tensor, batch: LossBatch, settings: LossSettings) -> Loss:
     weight_N = importance(batch.old_N, batch.sampler_N, batch.row_N, settings)
     policy = (batch.policy_weight_N * weight_N * tokens.loss_N).sum()
     nll = -(batch.nll_weight_N * logp_N).sum()
-    return Loss(policy + nll, policy.detach(), nll.detach(), tokens)
+    return Loss(policy + nll, policy.detach(), nll.detach(), tokens, logp_N.detach(), weight_N)

@@ -75,8 +75,16 @@ def choose(failed: Iterable[FailedStep], limit: int, seed: int) -> list[FailedSt
     return [one for turn in rounds for one in turn][:limit]
 
 
-def prefix(rollout: Sequence[Segment], action: int, l_suf: int) -> Segment:
-    """pref(tau, t) as one prompt: all before r^t, and r^t without its last `l_suf` tokens.
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """pref(tau, t) as one prompt. Its last `begun` ids are what is kept of r^t."""
+
+    segment: Segment
+    begun: int
+
+
+def prefix(rollout: Sequence[Segment], action: int, l_suf: int) -> Prefix:
+    """pref(tau, t): all before r^t, and r^t without its last `l_suf` tokens.
 
     r^t is the thought right before the action, however many segments it was sampled in. Where it
     is shorter than `l_suf`, all of it is dropped and no more.
@@ -87,4 +95,5 @@ def prefix(rollout: Sequence[Segment], action: int, l_suf: int) -> Segment:
         start -= 1
     before = [i for segment in rollout[:start] for i in segment.ids]
     thought = [i for segment in rollout[start:at] for i in segment.ids]
-    return Segment(Kind.PROMPT, (*before, *thought[: max(0, len(thought) - l_suf)]))
+    kept = thought[: max(0, len(thought) - l_suf)]
+    return Prefix(Segment(Kind.PROMPT, (*before, *kept)), len(kept))

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +24,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """rank 0..size-1 over all hosts, local_rank on this one; `device` is where tensors live."""
+    """rank 0..size-1 over all hosts, local_rank on this one; `device` is where tensors live.
+
+    `group`: the process group it talks in; None is the one that DeepSpeed uses too.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -40,7 +44,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def share(self, value: T) -> T:
@@ -48,7 +52,7 @@ class World:
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         shared: T = box[0]
         return shared
 
@@ -57,7 +61,7 @@ class World:
         if self.size == 1:
             return dict(values)
         tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return dict(zip(values, tensor.tolist(), strict=True))
 
     def concatenated(self, values: Sequence[T]) -> list[T]:
@@ -66,7 +70,15 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def aside(self, timeout: timedelta) -> World:
+        """The same ranks in a group of their own, for a thread that talks while others train.
+
+        Over gloo and the CPU: its order of calls is independent of what the GPUs are doing.
+        """
+        group = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def close(self) -> None:
         """Leave the process group, so that the other ranks are not surprised by our end."""

@@ -329,8 +329,10 @@ def test_backtracking_stays_inside_the_thought(l_suf: int, end: int) -> None:
     it eats the observation, the code before it, and the prompt.
     """
     segments = rollout((P, 4), (T, 2), (C, 2), (O, 2), (T, 5), (T, 3), (C, 6), (O, 2))
-    pref = prefix(segments, 1, l_suf)
+    found = prefix(segments, 1, l_suf)
+    pref = found.segment
     assert pref.kind is P
+    assert found.begun == end - 10
     assert pref.ids == tuple(range(end))
     naive = tuple(range(10 + 8))[: max(0, 18 - l_suf)]
     assert (naive == pref.ids) is (l_suf <= 8)
@@ -338,8 +340,8 @@ def test_backtracking_stays_inside_the_thought(l_suf: int, end: int) -> None:
 
 def test_an_action_without_thought_is_tried_again_as_it_stands() -> None:
     segments = rollout((P, 4), (C, 2), (O, 3), (C, 2))
-    assert prefix(segments, 0, 100).ids == (0, 1, 2, 3)
-    assert prefix(segments, 1, 100).ids == tuple(range(9))
+    assert prefix(segments, 0, 100).segment.ids == (0, 1, 2, 3)
+    assert prefix(segments, 1, 100).segment.ids == tuple(range(9))
 
 
 @fuzz
@@ -353,7 +355,7 @@ def test_a_prefix_is_what_was_sampled(parts: list[tuple[Kind, int]], data: st.Da
     action, l_suf = data.draw(st.integers(0, len(actions) - 1)), data.draw(st.integers(0, 8))
     ids = [i for s in segments for i in s.ids]
     before = sum(len(s.ids) for s in segments[: actions[action]])
-    pref = prefix(segments, action, l_suf)
+    pref = prefix(segments, action, l_suf).segment
     assert list(pref.ids) == ids[: len(pref.ids)]
     assert max(3, before - l_suf) <= len(pref.ids) <= before
     dropped = range(len(pref.ids), before)
