@@ -241,9 +241,9 @@ class _Loop:
             return self._observe(call)
         self._add(*turn.all_thought())
         if turn.wrote is Wrote.ACTION:  # one too many
-            self.noticed = True
+            self.noticed, before = True, len(self.text)
             fits = self._inject(CALLS_USED_UP)
-            self.steps.append(Step(said, discarded=taken_back))
+            self.steps.append(Step(said + self.text[before:]))
             return None if fits else End.LENGTH_BUDGET
         if said or taken_back:
             self.steps.append(Step(said, discarded=taken_back))

@@ -1,4 +1,4 @@
-"""A policy in a few lines for tests of the episode loop: scripted words, byte tokens, a log of calls.
+"""A policy in a few lines for tests of the episode loop: scripted words, byte tokens, a log.
 
 Ids 0 to 255 are the bytes of UTF-8; `EOS` ends a turn; from `WORDS` on each id is a whole string,
 so that a script decides where tokens end: "…\n```\n" may be one of them.
@@ -95,6 +95,7 @@ class ScriptedEngine:
         version = self.version
         await self.wait()
         said = self.codec.decode(ids[list(ids).index(HEADER) + 1 :])
+        said = said.removeprefix(self.codec.header)
         wanted = [*self.codec.encode(self.script(said, seed)), EOS]
         made: list[int] = []
         finish = "length"
