@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rl.loss import Level
 from tests import ranks
-from tests.rl_programs.partition import CASES, LR, Case, model, rows
+from tests.rl_programs.partition import CASES, LR, NLL, Case, model, rl_rows, rows
 
 WORLDS = (1, 2)
 TOLERANCE = 1e-6
@@ -35,22 +36,47 @@ def reference(case: Case) -> tuple[dict[str, Tensor], float, float]:
     """(change of each parameter, loss, norm) by plain torch: row by row, one graph, SGD by hand."""
     lm = model()
     some = rows()[8:10] if case.few else rows()
-    tokens = sum(sum(row.learn) for row in some)
-    sequences = sum(any(row.learn) for row in some)
+    of_row = [own_logprobs(lm, row) for row in some]
+    tokens = sum(len(logp) for logp in of_row)
+    sequences = sum(len(logp) > 0 for logp in of_row)
     loss = torch.zeros(())
-    for row in some:
-        if not any(row.learn):
-            continue
-        logits = lm(input_ids=torch.tensor([row.ids])).logits[0, :-1]
-        logp = logits.log_softmax(-1)[range(len(row.ids) - 1), row.ids[1:]]
-        mine = logp[torch.tensor(row.learn[1:])]
-        token_mean = case.aggregation == "token-mean"
-        loss = loss - (mine.sum() / tokens if token_mean else mine.mean() / sequences)
+    if case.rl:
+        loss, told = hierarchical_loss(of_row)
+    else:
+        for logp in (logp for logp in of_row if len(logp)):
+            token_mean = case.aggregation == "token-mean"
+            loss = loss - (logp.sum() / tokens if token_mean else logp.mean() / sequences)
+        told = loss.item()
     loss.backward()
     gradients = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
     scale = min(1.0, (case.clip or math.inf) / norm)
-    return {name: -LR * scale * g for name, g in gradients.items()}, loss.item(), norm
+    return {name: -LR * scale * g for name, g in gradients.items()}, told, norm
+
+
+def own_logprobs(lm: Any, row: Any) -> Tensor:
+    logits = lm(input_ids=torch.tensor([row.ids])).logits[0, :-1]
+    logp = logits.log_softmax(-1)[range(len(row.ids) - 1), row.ids[1:]]
+    return logp[torch.tensor(row.learn[1:])]
+
+
+def hierarchical_loss(of_row: list[Tensor]) -> tuple[Tensor, float]:
+    """(what has the gradient of L at pi = pi_old, the value of L), level by level.
+
+    There the ratio is 1, and the gradient of ratio * A is that of A * log pi.
+    """
+    total, value = torch.zeros(()), 0.0
+    advantages = [row.advantage for row in rl_rows()]
+    for level in Level:
+        mine = [i for i, row in enumerate(rl_rows()) if row.level is level and len(of_row[i])]
+        positive = sum(len(of_row[i]) for i in mine if advantages[i] > 0)
+        for i in mine:
+            total = total - advantages[i] * of_row[i].mean() / len(mine)
+            value -= advantages[i] / len(mine)
+            if advantages[i] > 0:
+                nll = -NLL * of_row[i].sum() / positive
+                total, value = total + nll, value + nll.item()
+    return total, value
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

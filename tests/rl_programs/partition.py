@@ -17,15 +17,19 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rl.config import EngineConfig, OptimizerConfig, SftConfig
+from rl.config import EngineConfig, OptimizerConfig, SftConfig, TrainConfig
 from rl.data import Position, Window
 from rl.engine import Engine
+from rl.loss import Level, LossSettings
 from rl.model import Policy
 from rl.packing import TrainRow
+from rl.rollout.sampler import RlRow
 from rl.sft import train_window
+from rl.update import update
 from rl.world import World, join
 
 LR = 0.5
+NLL = 0.05
 SIZES = (3, 17, 5, 9, 26, 4, 12, 8, 31, 6, 15, 10)  # tokens of twelve ragged rows
 
 
@@ -60,6 +64,7 @@ class Case:
     offload: bool = False
     managed: bool = False  # control: DeepSpeed believes to own the boundary
     few: bool = False  # two rows only: some rank has a micro-batch without rows
+    rl: bool = False  # the update of both levels, instead of SFT
 
     @property
     def name(self) -> str:
@@ -78,10 +83,20 @@ CASES = [
     *(Case(zero=zero, budget=31, few=True) for zero in range(4)),
     *(Case(zero=zero, budget=31, offload=True) for zero in (1, 2, 3)),
     *(Case(zero=zero, budget=31, managed=True) for zero in range(4)),
+    *(Case(zero=zero, budget=budget, rl=True) for zero in range(4) for budget in (160, 31)),
 ]
 
 
-def config(case: Case) -> SftConfig:
+def rl_rows() -> list[RlRow]:
+    """Of both levels, with the advantages of groups of three."""
+    advantages = (1.2, -0.4, -0.8, 0.7, 0.5, -1.2, 0.3, -1.0, 0.7, 0.9, -0.9, 0.0)
+    return [
+        RlRow(Level.STEP if i >= 6 else Level.EPISODE, str(i // 3), advantage, row)
+        for i, (advantage, row) in enumerate(zip(advantages, rows(), strict=True))
+    ]
+
+
+def config(case: Case) -> SftConfig | TrainConfig:
     engine = EngineConfig(
         zero=case.zero,
         dtype="fp32",
@@ -91,13 +106,15 @@ def config(case: Case) -> SftConfig:
         offload_optimizer=case.offload,
         deepspeed={"managed_gradient_accumulation": True} if case.managed else {},
     )
-    return SftConfig(
-        model={"path": "-"},
-        data={"snapshot": "-"},
-        engine=engine,
-        optimizer=OptimizerConfig(kind="sgd", lr=LR, weight_decay=0.0),
-        aggregation=case.aggregation,
-    )
+    common: dict[str, Any] = {
+        "model": {"path": "-"},
+        "data": {"snapshot": "-"},
+        "engine": engine,
+        "optimizer": OptimizerConfig(kind="sgd", lr=LR, weight_decay=0.0),
+    }
+    if case.rl:
+        return TrainConfig(**common, loss=LossSettings(importance="off", nll_weight=NLL))
+    return SftConfig(**common, aggregation=case.aggregation)
 
 
 def run(case: Case, world: World) -> dict[str, Any]:
@@ -106,7 +123,10 @@ def run(case: Case, world: World) -> dict[str, Any]:
     chosen = config(case)
     engine = Engine(Policy(lm), chosen.engine, chosen.optimizer, world, 1)
     some = rows()[8:10] if case.few else rows()
-    values = train_window(chosen, engine, Window(some, Counter(), Position(1, 0)))
+    if isinstance(chosen, TrainConfig):
+        (values,) = update(chosen, engine, rl_rows(), seed=0)
+    else:
+        values = train_window(chosen, engine, Window(some, Counter(), Position(1, 0)))
     change = {name: (now - before[name]).clone() for name, now in engine.parameters()}
     reported = world.gather({key: values[key] for key in ("loss", "grad_norm")})
     return {"change": change, "reported": reported}
