@@ -167,6 +167,13 @@ def newest(folder: Path) -> Path:
     return folder / named.read_text(encoding="utf-8").strip()
 
 
+def seed_random(seed: int) -> None:
+    """Seed everything in this process that draws without a seed of ours."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """Of everything in this process that draws without a seed of ours."""
     return {

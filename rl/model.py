@@ -87,12 +87,13 @@ def load_model(config: ModelConfig, seed: int) -> PreTrainedModel:
 
     Raises InputError where there is no model, ConfigError for LoRA without peft.
     """
-    torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": config.attention, "dtype": torch.float32}
     try:
         if config.fresh:
             architecture = AutoConfig.from_pretrained(config.path)
-            lm = AutoModelForCausalLM.from_config(architecture, **options)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)  # the same weights on every rank
+                lm = AutoModelForCausalLM.from_config(architecture, **options)
         else:
             lm = AutoModelForCausalLM.from_pretrained(config.path, **options)
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shared import seeds
 from shared.errors import ConfigError
 from shared.terminal import console, table
 
@@ -89,6 +90,7 @@ def _run(
     resume: bool,
 ) -> None:
     """The program on this rank; the first one records the job and its metrics."""
+    from rl.checkpoint import seed_random
     from rl.data import NANO
     from rl.jobs import open_job
     from rl.metrics import open_metrics
@@ -97,6 +99,7 @@ def _run(
     from shared.store.snapshot_reader import Snapshot
 
     world = join(timedelta(minutes=config.engine.timeout_minutes))
+    seed_random(seeds.derive(config.seed, "rank", world.rank))
     folder = world.share(out or Path("runs") / (name or f"{command}-{datetime.now():%m%d-%H%M%S}"))
     _check(folder, resume)
     try:
