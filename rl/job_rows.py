@@ -9,6 +9,8 @@ Contract. Time is the database's clock; a change is one statement, guarded by to
       |                                     queued where a worker may take it again
       '--reopen-- failed | cancelled | lost
 
+What Slurm refuses, or loses before it began, goes from queued to failed (`refuse`).
+
 `token` grows with every `take` and `reopen` and never shrinks: whoever holds an older one has lost
 the job, whatever it still does. A holder that was swept while it was only out of reach comes back
 with its next heartbeat, unless somebody else has the job by then.
@@ -21,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import TextClause, bindparam, select, text
+from sqlalchemy import bindparam, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Session
 
@@ -109,7 +111,7 @@ _BEGIN = text(f"""
         started_at = CASE WHEN state = 'running' THEN started_at ELSE {_NOW} END,
         heartbeat_at = {_NOW}, finished_at = NULL, error_class = NULL, error_text = NULL
     WHERE id = :id AND token = :token AND state <> 'done' AND cancel_at IS NULL RETURNING id
-""")
+""").bindparams(bindparam("config", type_=JSONB))
 
 _BEAT = text(f"""
     UPDATE jobs SET state = 'running', heartbeat_at = {_NOW}, finished_at = NULL,
@@ -142,10 +144,11 @@ _SWEEP = text(f"""
             WHEN losses < restarts THEN 'queued' ELSE 'lost' END,
         finished_at = CASE WHEN cancel_at IS NULL AND losses < restarts THEN NULL ELSE {_NOW} END,
         losses = losses + 1, heartbeat_at = NULL, pid = NULL, error_class = 'lost',
-        error_text = format('no heartbeat from %s since %s', host, heartbeat_at)
+        error_text = CASE WHEN state = 'queued' THEN 'nobody started it'
+            ELSE format('no heartbeat from %s since %s', host, heartbeat_at) END
     WHERE id IN (
-        SELECT id FROM jobs WHERE state = 'running'
-            AND heartbeat_at < {_NOW} - make_interval(secs => :seconds)
+        SELECT id FROM jobs WHERE (state = 'running' OR state = 'queued' AND place = 'local')
+            AND coalesce(heartbeat_at, created_at) < {_NOW} - make_interval(secs => :seconds)
         FOR UPDATE SKIP LOCKED
     )
     RETURNING id, name, state, error_text
@@ -160,11 +163,22 @@ _ASK = text(f"""
 
 _REOPEN = text("""
     UPDATE jobs SET state = 'queued', token = token + 1, losses = 0, cancel_at = NULL,
-        cancel_grace = NULL, heartbeat_at = NULL, finished_at = NULL, external_id = NULL,
-        error_class = NULL, error_text = NULL, pid = NULL,
-        spec = coalesce(:spec, spec), place = coalesce(:place, place),
-        queue = CASE WHEN coalesce(:place, place) = 'celery' THEN queue END
+        cancel_grace = NULL, finished_at = NULL, external_id = NULL, pid = NULL,
+        error_class = NULL, error_text = NULL,
+        heartbeat_at = CASE WHEN place = 'celery' THEN NULL ELSE clock_timestamp() END
     WHERE name = :name AND state IN ('failed', 'cancelled', 'lost') RETURNING id
+""")
+
+# What never began: refused by Slurm, or lost in its queue.
+_REFUSE = text(f"""
+    UPDATE jobs SET state = 'failed', finished_at = {_NOW},
+        error_class = :error_class, error_text = :error_text
+    WHERE id = :id AND token = :token AND state = 'queued'
+""")
+
+_WAITING = text("""
+    SELECT id, token, external_id FROM jobs
+    WHERE state = 'queued' AND place = 'slurm' AND external_id IS NOT NULL
 """)
 
 _RING = text(f"""
@@ -256,7 +270,7 @@ def begin(db: Database, hold: Hold, begun: Begun) -> None:
         "external_id": begun.external_id,
     }
     with db.begin() as session:
-        if session.execute(_with_json(_BEGIN, "config"), values).first() is None:
+        if session.execute(_BEGIN, values).first() is None:
             raise _lost(session, hold)
 
 
@@ -324,16 +338,10 @@ def ask_to_stop(db: Database, name: str, grace: float) -> JobRow:
     return row
 
 
-def reopen(
-    db: Database,
-    name: str,
-    spec: Mapping[str, Any] | None = None,
-    place: JobPlace | None = None,
-) -> JobRow:
+def reopen(db: Database, name: str) -> JobRow:
     """Queue a job again that did not come to its end. Raises InputError for any other."""
-    values = {"name": name, "spec": None if spec is None else clean(spec)[0], "place": place}
     with db.begin() as session:
-        reopened = session.execute(_with_json(_REOPEN, "spec"), values).first()
+        reopened = session.execute(_REOPEN, {"name": name}).first()
         row = find(session, name)
         if reopened is None:
             remedy = {
@@ -351,6 +359,19 @@ def submitted(db: Database, hold: Hold, external_id: str) -> None:
     statement = text("UPDATE jobs SET external_id = :external WHERE id = :id AND token = :token")
     with db.begin() as session:
         session.execute(statement, _hold(hold) | {"external": external_id})
+
+
+def refuse(db: Database, hold: Hold, error_class: str, error_text: str) -> None:
+    """Fail a job that never began."""
+    values = {"error_class": error_class, "error_text": clean(error_text)[0]}
+    with db.begin() as session:
+        session.execute(_REFUSE, _hold(hold) | values)
+
+
+def waiting_for_slurm(db: Database) -> list[tuple[int, int, str]]:
+    """(id, token, Slurm's number) of jobs that have been submitted and have not begun."""
+    with db.session() as session:
+        return [(row.id, row.token, row.external_id) for row in session.execute(_WAITING)]
 
 
 def ring(db: Database, queues: Sequence[str], n: int) -> list[tuple[int, str]]:
@@ -405,14 +426,12 @@ def checkpoints(session: Session, job_id: int) -> list[JobCheckpointRow]:
     return list(session.scalars(query.order_by(JobCheckpointRow.step)))
 
 
-def last_steps(session: Session) -> dict[int, int]:
+def last_steps(session: Session, job_ids: Sequence[int]) -> dict[int, int]:
     """Newest step by job."""
-    query = text("SELECT job_id, max(step) AS step FROM job_metrics GROUP BY job_id")
-    return {row.job_id: row.step for row in session.execute(query)}
-
-
-def _with_json(statement: TextClause, name: str) -> TextClause:
-    return statement.bindparams(bindparam(name, type_=JSONB(none_as_null=True)))
+    newest = func.max(JobMetricRow.step)
+    query = select(JobMetricRow.job_id, newest).where(JobMetricRow.job_id.in_(job_ids))
+    rows = session.execute(query.group_by(JobMetricRow.job_id))
+    return dict(rows.tuples().all())
 
 
 def _hold(hold: Hold) -> dict[str, Any]:

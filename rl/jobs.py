@@ -36,6 +36,7 @@ from sqlalchemy import select
 from rl import job_rows
 from rl.job_file import Host, Spec
 from rl.job_rows import TERMINATED, Begun, Hold, JobLost, NewJob
+from rl.keeper import MARK
 from rl.logs import LOG, read_tail
 from shared.errors import ConfigError, DatabaseError, TirgenError
 from shared.store import migrate
@@ -47,7 +48,6 @@ from shared.trajectory import clean, content_hash
 from shared.version import code_version
 
 JOB = "TIRGEN_JOB"  # id:token, for a trainer that somebody launched
-MARK = "TIRGEN_JOB_MARK"  # of every process that a keeper answers for (rl/keeper.py)
 
 BEAT_SECONDS = 2.0
 END_SECONDS = 30.0  # how long the end waits for a database that is away

@@ -35,6 +35,11 @@ class Follower:
         self.file, self.lines = file, lines
         self._at: int | None = None
 
+    @property
+    def found(self) -> bool:
+        """Has there been a file to read?"""
+        return self._at is not None
+
     def read(self) -> Iterator[str]:
         """Nothing where there is no log, yet or any more."""
         if self._at is None:

@@ -38,7 +38,7 @@ def serve(db: Database, processes: int) -> int:
     celery_app.register_slices(
         app, db, KIND, generator, lambda run: SliceSettings(in_flight=_config(run).in_flight)
     )
-    return celery_app.run_worker(app, db, KIND, processes)
+    return celery_app.run_worker(app, db, [KIND], processes)
 
 
 @asynccontextmanager

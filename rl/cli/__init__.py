@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from rl.cli import train
+from rl.cli import jobs, train
 from shared.errors import TirgenError
 
 app = typer.Typer(
@@ -19,8 +20,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Train a policy that reasons with a Python tool, on snapshots of `tirgen`'s database.",
 )
-for command in (train.sft, train.train):
-    app.command(rich_help_panel="Train")(command)
+PANELS: dict[str, list[Callable[..., None]]] = {
+    "Train": [train.sft, train.train],
+    "Jobs": [jobs.launch, jobs.worker],
+}
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(jobs.app, name="jobs", rich_help_panel="Jobs")
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Celery: the broker's settings, publishing, and the worker. The broker only rings the bell.
 
-Messages name a slot of a run and nothing else, and are acknowledged as a slice begins. Any of them
-may be lost or doubled: the ringer of any worker replaces lost ones (shared/work/slots.py), and
-sweeps leases of the dead. Hence no result backend, no late acknowledgement, no broker-side retries.
+Messages name a slot of a run (or a program's own kind of work) and nothing else, and are
+acknowledged as work on it begins. Any of them may be lost or doubled: the ringer of any worker
+replaces lost ones (shared/work/slots.py), and sweeps leases of the dead. Hence no result backend,
+no late acknowledgement, no broker-side retries.
 
 Brokers: PostgreSQL itself by default (kombu's pgmq: no server of its own), RabbitMQ or Redis by
 TIRGEN_BROKER_URL.
@@ -19,8 +20,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +109,37 @@ def check_broker(app: Celery) -> None:
     _within_broker(app, connect)
 
 
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a worker of `queue` is asked to do."""
+
+    task: str
+    arguments: tuple[int, ...]
+    queue: str
+
+
 def publish(app: Celery, bells: Iterable[Bell]) -> None:
     """Send each bell to the queue of its kind. Raises BrokerError, after few and short retries."""
+    send(
+        app,
+        (Message(task_name(b.kind), (b.run_id, b.slot, b.token), b.kind) for b in bells),
+    )
 
-    def send() -> None:
-        for bell in bells:
+
+def send(app: Celery, messages: Iterable[Message]) -> None:
+    """Raises BrokerError, after few and short retries."""
+
+    def deliver() -> None:
+        for message in messages:
             app.send_task(
-                task_name(bell.kind),
-                args=[bell.run_id, bell.slot, bell.token],
-                queue=bell.kind,
+                message.task,
+                args=list(message.arguments),
+                queue=message.queue,
                 retry=True,
                 retry_policy=dict(PUBLISH_RETRIES),
             )
 
-    _within_broker(app, send)
+    _within_broker(app, deliver)
 
 
 def task_name(kind: str) -> str:
@@ -150,20 +169,34 @@ def stopping() -> bool:
     return _stopping[0] != 0
 
 
-def run_worker(
-    app: Celery, db: Database, kind: str, concurrency: int, loglevel: str = "WARNING"
-) -> int:
-    """Work on the queue of `kind` with so many processes, until SIGTERM or SIGINT; exit code.
+Upkeep = Callable[[int], Iterable[Message]]
 
-    On the first of these, slices stop leasing, finish or give back what they hold, and end.
+
+def run_worker(
+    app: Celery,
+    db: Database,
+    queues: Sequence[str],
+    concurrency: int,
+    *,
+    loglevel: str = "WARNING",
+    upkeep: Upkeep = lambda idle: (),
+    drain_seconds: float = DRAIN_SECONDS,
+) -> int:
+    """Work on these queues with so many processes, until SIGTERM or SIGINT; exit code.
+
+    On the first of these, slices stop leasing, finish or give back what they hold, and end; what
+    has not ended after `drain_seconds` is killed. `upkeep` is called every few seconds with the
+    number of idle processes, and returns what is to be sent.
     """
     _stopping[0] = 0
     warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; we accept JSON only
-    ringer = _Ringer(app, db)
+    ringer = _Ringer(app, db, lambda: upkeep(concurrency - len(worker_state.active_requests)))
 
     def stop(**_: Any) -> None:
         _stopping[0] = 1
-        threading.Thread(target=_see_to_the_end, name="last-resort", daemon=True).start()
+        threading.Thread(
+            target=_see_to_the_end, args=(drain_seconds,), name="last-resort", daemon=True
+        ).start()
 
     def ready(**_: Any) -> None:
         ringer.start()
@@ -173,10 +206,10 @@ def run_worker(
     worker = app.Worker(
         pool="prefork",
         concurrency=concurrency,
-        queues=[kind],
+        queues=list(queues),
         loglevel=loglevel,
         quiet=True,
-        hostname=f"{kind}@%h",
+        hostname=f"{queues[0]}@%h",
         without_mingle=True,
         without_gossip=True,
         without_heartbeat=True,
@@ -190,14 +223,14 @@ def run_worker(
     return int(worker.exitcode or 0)
 
 
-def _see_to_the_end() -> None:
+def _see_to_the_end(drain_seconds: float) -> None:
     """End this process where Celery's own shutdown does not come to an end.
 
     It waits for ever where a process of the pool dies, or is just being forked, as the shutdown
     begins. Nothing is lost by ending: what is still leased is swept.
     """
     began = idle_since = time.monotonic()
-    while time.monotonic() < began + DRAIN_SECONDS:
+    while time.monotonic() < began + drain_seconds:
         if worker_state.active_requests:
             idle_since = time.monotonic()
         elif time.monotonic() > idle_since + IDLE_SECONDS:
@@ -214,9 +247,9 @@ def _see_to_the_end() -> None:
 class _Ringer(threading.Thread):
     """In every worker: sweeps expired leases, and rings for runs that nobody works on."""
 
-    def __init__(self, app: Celery, db: Database) -> None:
+    def __init__(self, app: Celery, db: Database, upkeep: Callable[[], Iterable[Message]]) -> None:
         super().__init__(name="ringer", daemon=True)
-        self.app, self.db = app, db
+        self.app, self.db, self.upkeep = app, db, upkeep
         self._end = threading.Event()
 
     def run(self) -> None:
@@ -224,6 +257,7 @@ class _Ringer(threading.Thread):
             try:
                 items.sweep(self.db)
                 publish(self.app, slots.ring(self.db))
+                send(self.app, self.upkeep())
             except (DatabaseError, BrokerError) as error:
                 log.warning("%s", error)
             self._end.wait(RING_SECONDS)

@@ -48,7 +48,7 @@ def main() -> int:
     app = make_app(db)
     prepare_broker(db, app)
     register_slices(app, db, "generate", open_handler, lambda run: settings)
-    return run_worker(app, db, "generate", processes)
+    return run_worker(app, db, ["generate"], processes)
 
 
 if __name__ == "__main__":
