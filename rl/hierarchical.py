@@ -167,8 +167,8 @@ class _Trainer:
         settings = self.config.heldout
         assert settings is not None
         sums = self.thread.call(self.sampler.heldout(prompts, settings.limit, settings.samples))
-        total = sum(self.world.gather(sums), Counter[str]())
-        return {f"heldout/{name}": value for name, value in rollout_values(total).items()}
+        values = rollout_values(self.world.total(sums))
+        return {f"heldout/{name}": value for name, value in values.items()}
 
     def _values(
         self,
@@ -179,7 +179,7 @@ class _Trainer:
         seconds: float,
     ) -> dict[str, float]:
         """Of one round: what was sampled, the mean over its optimizer steps, times and speeds."""
-        sums = sum(self.world.gather(rollout.sums), Counter[str]())
+        sums = Counter(self.world.total(rollout.sums))
         names = dict.fromkeys(name for step in steps for name in step)
         means = {name: fmean(step[name] for step in steps) for name in names}
         tokens = sum(len(one.row.ids) for one in rows)

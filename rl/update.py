@@ -9,7 +9,7 @@ step only, it is the policy itself and needs no forward pass of its own.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from random import Random
 
@@ -80,7 +80,7 @@ def _step(
     old: list[Tensor] | None,
 ) -> dict[str, float]:
     counts = count((one.level, one.row.n_loss, one.advantage) for one in window)
-    sums = Counter[str]()
+    sums: dict[str, float] = defaultdict(float)
     for i, (rows, batch) in enumerate(plan):
         logp_N, entropy_N = engine.logprobs(batch, config.rollout.temperature)
         sampler_N = batch.sampler_N.to(logp_N.device)
@@ -93,8 +93,7 @@ def _step(
         engine.backward(loss.total)
         _tally(sums, loss, loss_batch, entropy_N)
     result = engine.step()
-    total = sum(engine.world.gather(sums), Counter[str]())
-    return _values(total, counts) | {
+    return _values(engine.world.total(sums), counts) | {
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "skipped": float(not result.applied),
@@ -120,7 +119,7 @@ def loss_inputs(
     return LossBatch(old_N, sampler_N, columns[:, 0], columns[:, 1], columns[:, 2], row_N)
 
 
-def _tally(sums: Counter[str], loss: Loss, batch: LossBatch, entropy_N: Tensor) -> None:
+def _tally(sums: dict[str, float], loss: Loss, batch: LossBatch, entropy_N: Tensor) -> None:
     """Add a micro-batch to the sums of the metrics."""
     # Tokens were sampled from the first argument of each: KL(pi_old || pi), KL(sampler || pi_old).
     drift = kl(batch.old_N, loss.logp_N)
@@ -145,15 +144,15 @@ def _tally(sums: Counter[str], loss: Loss, batch: LossBatch, entropy_N: Tensor) 
         sums[f"mean:{name}"] += value_N.double().sum().item()
 
 
-def _values(sums: Counter[str], counts: dict[Level, Counts]) -> dict[str, float]:
+def _values(sums: dict[str, float], counts: dict[Level, Counts]) -> dict[str, float]:
     """Sums over ranks as metrics: means are per loss token of the window."""
-    n = max(1, sums["n"])
+    n = max(1, sums.get("n", 0))
     means = {
         name.removeprefix("mean:"): value / n
         for name, value in sums.items()
         if name.startswith("mean:")
     }
-    plain = {name: sums[name] for name in ("loss", "loss/policy", "loss/nll")}
+    plain = {name: sums.get(name, 0.0) for name in ("loss", "loss/policy", "loss/nll")}
     sizes = {
         f"rows/{level}{what}": float(value)
         for level, count_ in counts.items()

@@ -57,12 +57,15 @@ class World:
         return shared
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sums over ranks, in float64; all ranks give the same names."""
-        if self.size == 1:
-            return dict(values)
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, group=self.group)
-        return dict(zip(values, tensor.tolist(), strict=True))
+        """Sums over ranks, by name; a rank that does not name one adds nothing to it.
+
+        Added in order of rank, so that every rank has the same bits.
+        """
+        sums: dict[str, float] = {}
+        for given in self.gather(dict(values)):
+            for name, value in given.items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
 
     def concatenated(self, values: Sequence[T]) -> list[T]:
         """The lists of all ranks, one after another."""
