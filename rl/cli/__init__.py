@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from rl.cli import jobs, train
+from rl.cli import evaluate, jobs, train
 from shared.errors import TirgenError
 
 app = typer.Typer(
@@ -22,11 +22,14 @@ app = typer.Typer(
 )
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Train": [train.sft, train.train],
+    "Evaluate": [evaluate.compare],
     "Jobs": [jobs.launch, jobs.worker],
 }
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.command("eval", rich_help_panel="Evaluate")(evaluate.evaluate)
+app.add_typer(evaluate.app, name="analyze", rich_help_panel="Evaluate")
 app.add_typer(jobs.app, name="jobs", rich_help_panel="Jobs")
 
 

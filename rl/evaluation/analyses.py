@@ -12,14 +12,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from scipy import stats
+from statistics import NormalDist
 
 from rl.evaluation.attempts import Attempt
 from rl.evaluation.intervals import wilson
 from shared.trajectory import End
 
-_Z = float(stats.norm.ppf(0.975))
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +126,14 @@ def association(table: Table) -> Association:
     chi2 = table.n * table.determinant**2 / margins
     against = table.ok_wrong * table.failed_right
     odds = table.ok_right * table.failed_wrong / against if against else math.inf
-    p = float(stats.chi2.sf(chi2, 1))
+    p = _tail(chi2)
     phi = table.determinant / math.sqrt(margins)
     return Association(chi2, p, phi, odds, share_ok, share_failed)
+
+
+def _tail(chi2: float) -> float:
+    """P(X >= chi2) of a chi-square with one degree of freedom."""
+    return math.erfc(math.sqrt(chi2 / 2))
 
 
 def _share(hits: int, n: int) -> tuple[float, float, float] | None:
@@ -147,7 +151,7 @@ def stratified(tables: Sequence[Table]) -> Stratified:
     chi2 = excess**2 / variance
     odds, low, high = _common_odds(useful)
     return Stratified(
-        len(tables), len(useful), n_trajectories, chi2, float(stats.chi2.sf(chi2, 1)),
+        len(tables), len(useful), n_trajectories, chi2, _tail(chi2),
         odds, low, high,
     )  # fmt: skip
 

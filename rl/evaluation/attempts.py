@@ -84,8 +84,13 @@ def attempt(
     trajectory: Trajectory,
     verdicts: Iterable[Verdict],
     trajectory_id: int | None = None,
+    *,
+    answer: str | None,
 ) -> Attempt:
-    """The facts of a stored trajectory; of each check the last of `verdicts` counts."""
+    """The facts of a stored trajectory; of each check the last of `verdicts` counts.
+
+    `answer`: what was judged, the boxed answer or a program.
+    """
     current: Mapping[Check, Verdict] = {verdict.check: verdict for verdict in verdicts}
     meta = trajectory.meta
     right = current.get(Check.ANSWER)
@@ -95,7 +100,7 @@ def attempt(
         sample=sample,
         right=right.passed if right else None,
         judged=judged.passed if judged else None,
-        answer=trajectory.answer,
+        answer=answer,
         calls=tried(trajectory.steps),
         end=trajectory.end,
         n_tokens=trajectory.n_tokens,

@@ -135,7 +135,7 @@ class EvaluationConfig(Section):
         """
         fields = {path: value for path, value in leaves(self) if path not in NOT_IDENTITY}
         fields.pop("samples")
-        if not self.policy.weights:  # a name on the Hub, or a server's
+        if not self.policy.weights:  # a name on the Hub
             fields["policy.model"] = self.policy.model
         return {**fields, "prompts.version": version(self.policy.prompts)}
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -91,7 +91,7 @@ def interval(
 
 def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share."""
-    z = float(stats.norm.ppf(1 - (1 - level) / 2))
+    z = NormalDist().inv_cdf(1 - (1 - level) / 2)
     centre = (hits + z * z / 2) / (n + z * z)
     half = z * np.sqrt(hits * (n - hits) / n + z * z / 4) / (n + z * z)
     return max(0.0, float(centre - half)), min(1.0, float(centre + half))

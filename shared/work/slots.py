@@ -4,10 +4,13 @@ A run has a fixed number of slots; each is a lease of its own, with a token. A m
 slot and token. Taking it changes the token, so its doubles are void; a lost message, or a slice
 that died, is noticed when `alive_until` has passed, and `ring` issues a new one. Therefore the
 number of slices of a run can neither grow nor dwindle, whatever the broker does.
+
+A process that works on a run without a broker claims a slot of its own, which nobody rings.
 """
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,7 @@ from sqlalchemy.orm import Session
 from shared.store.database import Database
 
 QUEUE_SECONDS = 60.0  # a message older than this is given up for lost
+OWN = 1 << 20  # slots from here on are claimed, not opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ _RING = text(f"""
     UPDATE run_slots SET token = token + 1, {_ALIVE} FROM runs
     WHERE runs.id = run_slots.run_id AND (run_slots.run_id, slot) IN (
         SELECT run_id, slot FROM run_slots JOIN runs ON runs.id = run_id
-        WHERE state = 'running' AND alive_until <= clock_timestamp() AND EXISTS (
+        WHERE state = 'running' AND slot < {OWN} AND alive_until <= clock_timestamp() AND EXISTS (
             SELECT FROM work_items WHERE work_items.run_id = runs.id AND state = 'queued'
         )
         FOR UPDATE OF run_slots SKIP LOCKED
@@ -66,7 +70,7 @@ _LEAVE = text(f"""
 def open_slots(session: Session, run_id: int, n: int) -> None:
     """Give the run `n` slots (those beyond are taken away), each ready to be rung."""
     session.execute(
-        text("DELETE FROM run_slots WHERE run_id = :run_id AND slot >= :n"),
+        text(f"DELETE FROM run_slots WHERE run_id = :run_id AND slot >= :n AND slot < {OWN}"),
         {"run_id": run_id, "n": n},
     )
     session.execute(
@@ -84,6 +88,33 @@ def ring(db: Database) -> list[Bell]:
     with db.begin() as session:
         bells = [_bell(row) for row in session.execute(_RING, {"seconds": QUEUE_SECONDS})]
     return sorted(bells, key=lambda bell: (bell.run_id, bell.slot))
+
+
+def claim(db: Database, run_id: int, seconds: float) -> Bell:
+    """A slot of the caller's own, believed to be alive for `seconds`, and the bell that starts a
+    slice in it. Claims whose owner died are taken away."""
+    dead = text(f"""
+        DELETE FROM run_slots
+        WHERE run_id = :run_id AND slot >= {OWN} AND alive_until < clock_timestamp()
+    """)
+    made = text("""
+        INSERT INTO run_slots (run_id, slot, alive_until)
+        SELECT id, :slot, clock_timestamp() + make_interval(secs => :seconds)
+        FROM runs WHERE id = :run_id RETURNING (SELECT kind FROM runs WHERE id = :run_id), token
+    """)
+    slot = OWN + secrets.randbelow(OWN)
+    with db.begin() as session:
+        session.execute(dead, {"run_id": run_id})
+        values = {"run_id": run_id, "slot": slot, "seconds": seconds}
+        kind, token = session.execute(made, values).one()
+    return Bell(kind, run_id, slot, token)
+
+
+def give_up(db: Database, bell: Bell) -> None:
+    """End a claim."""
+    ended = text("DELETE FROM run_slots WHERE run_id = :run_id AND slot = :slot")
+    with db.begin() as session:
+        session.execute(ended, {"run_id": bell.run_id, "slot": bell.slot})
 
 
 def take(db: Database, bell: Bell, seconds: float) -> Bell | None:
