@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rl.config import EngineConfig, OptimizerConfig
 from rl.model import Policy, arguments
 from rl.packing import MicroBatch
+from rl.weight_sync import weights
 from rl.world import World
 
 
@@ -102,33 +103,17 @@ class Engine:
         norm = nn.utils.clip_grad_norm_(self.engine.module.parameters(), limit)
         self._norm = norm.item()
 
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's parameters by their Hugging Face names, whole, one bucket at a time.
-
-        Under ZeRO-3 every rank has to go through all of them, because each is gathered. A tied
-        weight comes once. Read-only: what is yielded may be gone at the next turn.
-        """
-        named = list(self.policy.lm.named_parameters())
-        if self.config.zero != 3:
-            for name, parameter in named:
-                yield name, parameter.detach()
-            return
-        import deepspeed
-
-        for bucket in _buckets(named):
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket]), torch.no_grad():
-                for name, parameter in bucket:
-                    yield name, parameter.detach()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `rl.weight_sync.weights`: every rank goes through all of them."""
+        return weights(self.policy.lm)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All parameters on the CPU, for saving; on the first rank only (elsewhere empty)."""
-        named = ((name, tensor.to("cpu", copy=True)) for name, tensor in self.parameters())
-        if self.world.is_first:
-            state = dict(named)
-            return state | _tied(self.policy.lm, state)
-        for _ in named:
-            pass
-        return {}
+        """All weights on the CPU, for saving; on the first rank only (elsewhere empty)."""
+        state = {}
+        for name, tensor in self.weights():
+            if self.world.is_first:
+                state[name] = tensor.to("cpu", copy=True)
+        return state
 
 
 def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
@@ -164,7 +149,7 @@ def make_optimizer(policy: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         groups += [{"params": others, "weight_decay": 0.0}] if others else []
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
@@ -180,27 +165,3 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
         case "cosine":
             share = config.least + (1 - config.least) * 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * warm * share
-
-
-_BUCKET = 2**28  # elements that are gathered at once
-
-
-def _buckets(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    bucket: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in named:
-        elements = int(getattr(parameter, "ds_numel", parameter.numel()))
-        if bucket and size + elements > _BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, parameter))
-        size += elements
-    if bucket:
-        yield bucket
-
-
-def _tied(lm: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names that stand for a parameter that already has another name."""
-    by_parameter = {id(p): name for name, p in lm.named_parameters()}
-    every = dict(lm.named_parameters(remove_duplicate=False))
-    return {name: state[by_parameter[id(p)]] for name, p in every.items() if name not in state}

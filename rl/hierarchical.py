@@ -58,7 +58,7 @@ def run(config: TrainConfig, session: Session, *, resume: bool) -> None:
     with session.signals(), _Thread() as thread:
         stack = AsyncExitStack()
         try:
-            opened = _open(config, session, engine, tokenizer, prompts, stack)
+            opened = _open(config, session, tokenizer, prompts, stack)
             trainer = _Trainer(config, session, engine, thread, *thread.call(opened))
             finished = trainer.train(at, buffer, checkpoints, heldout)
         finally:
@@ -70,7 +70,6 @@ def run(config: TrainConfig, session: Session, *, resume: bool) -> None:
 async def _open(
     config: TrainConfig,
     session: Session,
-    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     stack: AsyncExitStack,
@@ -78,9 +77,7 @@ async def _open(
     """What rollouts need, in the event loop that they will run in."""
     tool = config.rollout.tool
     renderer = make_renderer(config, tokenizer)
-    rollouts = await stack.enter_async_context(
-        open_engine(config, engine.policy.lm, renderer, session.world)
-    )
+    rollouts = await stack.enter_async_context(open_engine(config, renderer, session.world))
     sandbox = await stack.enter_async_context(backend(tool.sandbox_url, tool.minimum_tier))
     grader = await stack.enter_async_context(Grader(zygotes=1, minimum_tier=tool.minimum_tier))
     aside = session.world.aside(timedelta(minutes=config.engine.timeout_minutes))
@@ -156,7 +153,7 @@ class _Trainer:
     def _sync(self, version: int, clock: Clock) -> None:
         """Give the engine the weights of the trainer."""
         with clock("sync"):
-            sync(self.engine.parameters(), self.rollouts, version)
+            sync(self.engine.weights(), self.rollouts, version)
 
     def _is_due(self, rollouts: int) -> bool:
         heldout = self.config.heldout

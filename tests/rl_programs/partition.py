@@ -127,7 +127,7 @@ def run(case: Case, world: World) -> dict[str, Any]:
         (values,) = update(chosen, engine, rl_rows(), seed=0)
     else:
         values = train_window(chosen, engine, Window(some, Counter(), Position(1, 0)))
-    change = {name: (now - before[name]).clone() for name, now in engine.parameters()}
+    change = {name: (now - before[name]).clone() for name, now in engine.weights()}
     reported = world.gather({key: values[key] for key in ("loss", "grad_norm")})
     return {"change": change, "reported": reported}
 
