@@ -74,7 +74,8 @@ class JobOptions(Section):
     command: Literal["sft", "train", "eval"]
     snapshot: Word | None = Field(default=None, description="A snapshot's name, or a folder.")
     model: Word | None = Field(default=None, description="A Hugging Face folder, or a name.")
-    recipe: Path | None = Field(default=None, description="A TOML file: the trainer's --config.")
+    preset: Word | None = Field(default=None, description="What the recipe stands on.")
+    recipe: Path | None = Field(default=None, description="A TOML file: the command's --config.")
     out: Path | None = Field(default=None, description="The job's folder; default runs/NAME.")
     where: JobPlace = JobPlace.LOCAL
     processes: int = Field(default=1, ge=1, description="On each host: one per GPU.")
@@ -101,6 +102,10 @@ class JobOptions(Section):
             raise ValueError("hosts and hostfile need where = 'local'")
         if self.nodes > 1 and self.where is not JobPlace.SLURM:
             raise ValueError("nodes needs where = 'slurm'; elsewhere name hosts or a hostfile")
+        if self.command == "eval" and (self.snapshot or self.preset):
+            raise ValueError(
+                "eval takes no snapshot and no preset; write arguments = ['--benchmark', ...]"
+            )
         return self
 
 
@@ -150,7 +155,9 @@ def make_spec(file: JobFile, cwd: Path) -> Spec:
     """Raises ConfigError for a recipe or host file that cannot be read."""
     job = file.job
     out = (cwd / (job.out or Path("runs") / job.name)).resolve()
-    given = {"snapshot": job.snapshot, "model": job.model, "out": str(out)}
+    given = {"preset": job.preset, "snapshot": job.snapshot, "model": job.model}
+    # An evaluation has no folder: its attempts are trajectories of a run, which has a name.
+    given |= {"run": job.name} if job.command == "eval" else {"out": str(out)}
     arguments: list[str] = [job.command]
     for name, value in given.items():
         if value is not None:

@@ -2,7 +2,7 @@
 
 Contract. Time is the database's clock; a change is one statement, guarded by token and state.
 
-    queued --take--> running --end--------> done | failed | cancelled
+    queued --take--> running --end--------> done | failed | cancelled     (Slurm's: --start-->)
       ^ |               |------give_back--> queued      (its worker was told to stop)
       | '-ask_to_stop-> | cancelled
       |                 '------sweep------> lost, cancelled if that was asked for,
@@ -32,7 +32,7 @@ from shared.store.database import Database
 from shared.store.models import JobCheckpointRow, JobMetricRow, JobPlace, JobRow, JobState
 from shared.trajectory import clean
 
-LOST_SECONDS = 60.0  # without a heartbeat; one comes every two seconds
+LOST_SECONDS = 60.0  # without a heartbeat; one comes every second
 RING_SECONDS = 30.0  # a message that nobody took in this time is sent again
 TERMINATED = "terminated"  # error class of a job that a signal ended, asked for by nobody here
 
@@ -54,10 +54,12 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a heartbeat brings back. `asked`: seconds since somebody asked for the job's end."""
+    """What a heartbeat brings back. `asked`: seconds since somebody asked for the job's end.
+    `over`: it has ended already, by the trainer's own word for instance."""
 
     asked: float | None = None
     grace: float = 0.0
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,6 @@ class Begun:
     config_digest: str
     snapshot_name: str | None
     snapshot_digest: str | None
-    external_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +105,20 @@ _TAKE = text(f"""
     WHERE id = :id AND state = 'queued' RETURNING token
 """)
 
+# What Slurm starts a second time comes here with the same token, whatever became of the first.
+_START = text(f"""
+    UPDATE jobs SET state = 'running', host = :host, pid = :pid,
+        external_id = coalesce(:external_id, external_id), started_at = {_NOW},
+        heartbeat_at = {_NOW}, finished_at = NULL, error_class = NULL, error_text = NULL
+    WHERE id = :id AND token = :token AND state <> 'done' AND cancel_at IS NULL RETURNING id
+""")
+
 _BEGIN = text(f"""
     UPDATE jobs SET state = 'running', host = :host, pid = :pid, world_size = :world_size,
         config = :config, config_digest = :config_digest, snapshot_name = :snapshot_name,
-        snapshot_digest = :snapshot_digest, external_id = coalesce(:external_id, external_id),
-        started_at = CASE WHEN state = 'running' THEN started_at ELSE {_NOW} END,
-        heartbeat_at = {_NOW}, finished_at = NULL, error_class = NULL, error_text = NULL
-    WHERE id = :id AND token = :token AND state <> 'done' AND cancel_at IS NULL RETURNING id
+        snapshot_digest = :snapshot_digest, heartbeat_at = {_NOW}, finished_at = NULL,
+        error_class = NULL, error_text = NULL
+    WHERE {_HELD} AND cancel_at IS NULL RETURNING id
 """).bindparams(bindparam("config", type_=JSONB))
 
 _BEAT = text(f"""
@@ -251,12 +259,21 @@ def take(db: Database, job_id: int, host: str, pid: int) -> Hold | None:
     return None if token is None else Hold(job_id, token)
 
 
-def begin(db: Database, hold: Hold, begun: Begun) -> None:
-    """The trainer itself has started. Raises JobLost where the job is no longer `hold`'s.
+def start(db: Database, hold: Hold, host: str, pid: int, external_id: str | None) -> JobRow:
+    """Slurm has started the job, or started it again: only one instance of it runs at a time.
 
-    What Slurm starts again comes here a second time with the same hold, whatever became of the
-    first: only one instance of a Slurm job runs at a time.
+    Raises JobLost where it is done, cancelled, or another submission's.
     """
+    values = {"host": host, "pid": pid, "external_id": external_id}
+    with db.begin() as session:
+        if session.execute(_START, _hold(hold) | values).first() is None:
+            raise _lost(session, hold)
+        return session.get_one(JobRow, hold.id)
+
+
+def begin(db: Database, hold: Hold, begun: Begun) -> None:
+    """The trainer itself has started. Raises JobLost where the job is no longer `hold`'s, or is to
+    end already."""
     values = {
         "id": hold.id,
         "token": hold.token,
@@ -267,7 +284,6 @@ def begin(db: Database, hold: Hold, begun: Begun) -> None:
         "config_digest": begun.config_digest,
         "snapshot_name": begun.snapshot_name,
         "snapshot_digest": begun.snapshot_digest,
-        "external_id": begun.external_id,
     }
     with db.begin() as session:
         if session.execute(_BEGIN, values).first() is None:
@@ -279,7 +295,10 @@ def beat(db: Database, hold: Hold, tail: Tail | None = None) -> Order:
     with db.begin() as session:
         row = session.execute(_BEAT, _hold(hold) | _tail(tail)).one_or_none()
         if row is None:
-            raise _lost(session, hold)
+            ended = session.get(JobRow, hold.id)
+            if ended is None or ended.token != hold.token or ended.state == JobState.QUEUED:
+                raise _lost(session, hold)
+            return Order(over=True)
     return Order(None if row.asked is None else float(row.asked), float(row.cancel_grace or 0.0))
 
 
@@ -430,8 +449,7 @@ def last_steps(session: Session, job_ids: Sequence[int]) -> dict[int, int]:
     """Newest step by job."""
     newest = func.max(JobMetricRow.step)
     query = select(JobMetricRow.job_id, newest).where(JobMetricRow.job_id.in_(job_ids))
-    rows = session.execute(query.group_by(JobMetricRow.job_id))
-    return dict(rows.tuples().all())
+    return {job: step for job, step in session.execute(query.group_by(JobMetricRow.job_id))}  # noqa: C416 (rows are no pairs to mypy)
 
 
 def _hold(hold: Hold) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from shared.version import code_version
 
 JOB = "TIRGEN_JOB"  # id:token, for a trainer that somebody launched
 
-BEAT_SECONDS = 2.0
+BEAT_SECONDS = 1.0
 END_SECONDS = 30.0  # how long the end waits for a database that is away
 KEEPER_SECONDS = 60.0  # beyond the grace, where a keeper should have killed by then
 EXIT_TERMINATED = 128 + signal.SIGTERM
@@ -225,8 +225,7 @@ def adopt(
             where=f"job {row.name}",
             remedy="launch a new job for the new snapshot",
         )
-    begun = _begun(config, snapshot, world_size, environ.get("SLURM_JOB_ID"))
-    job_rows.begin(db, hold, begun)
+    job_rows.begin(db, hold, _begun(config, snapshot, world_size))
     with _living(RecordedJob(row.name, db, hold, out, kept=MARK in environ)) as job:
         yield job
 
@@ -278,12 +277,7 @@ def _numbered(name: str) -> Iterator[str]:
         n += 1
 
 
-def _begun(
-    config: Mapping[str, Any],
-    snapshot: Snapshot | None,
-    world_size: int,
-    external_id: str | None = None,
-) -> Begun:
+def _begun(config: Mapping[str, Any], snapshot: Snapshot | None, world_size: int) -> Begun:
     plain = clean(config)[0]
     return Begun(
         host=socket.gethostname(),
@@ -293,7 +287,6 @@ def _begun(
         config_digest=content_hash(plain)[:16],
         snapshot_name=snapshot.record.name if snapshot else None,
         snapshot_digest=snapshot.digest if snapshot else None,
-        external_id=external_id,
     )
 
 
@@ -344,6 +337,7 @@ def _close(
     """Patiently: a database that restarts this moment must not leave a finished job running."""
     if not isinstance(job, RecordedJob):
         return
+    job.heart.end()
     deadline = time.monotonic() + END_SECONDS
     while True:
         try:
@@ -370,7 +364,10 @@ class _Heart(threading.Thread):
         self._known: int | None = None
 
     def end(self) -> None:
+        """Beat no more."""
         self._end.set()
+        if self.is_alive():
+            self.join(BEAT_SECONDS)
 
     def run(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
@@ -391,6 +388,8 @@ class _Heart(threading.Thread):
         tail = read_tail(self.file, self._known)
         order = job_rows.beat(self.job.db, self.job.hold, tail)
         self._known = tail.n_bytes if tail else self._known
+        if order.over:
+            raise JobLost(f"job {self.job.name!r} was ended by somebody else")
         if order.asked is None:
             return
         self.asked = True

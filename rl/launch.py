@@ -19,6 +19,7 @@ from rl.job_rows import Hold, NewJob
 from rl.logs import LOG
 from rl.supervisor import supervise
 from shared.errors import BrokerError, ConfigError, InputError
+from shared.problems import NANO
 from shared.store.database import Database
 from shared.store.models import JobPlace, JobRow, JobState
 from shared.store.snapshot_reader import Snapshot
@@ -72,9 +73,9 @@ def check_recipe(file: JobFile, spec: Spec) -> None:
     recipe = Path(spec.cwd) / job.recipe if job.recipe else None
     over = list(settings(file.set))
     if job.command == "sft":
-        config.load(config.SftConfig, None, recipe, over, job.model, job.snapshot)
+        config.load(config.SftConfig, job.preset, recipe, over, job.model, job.snapshot)
     else:
-        config.load(config.TrainConfig, None, recipe, over, job.model, job.snapshot)
+        config.load(config.TrainConfig, job.preset, recipe, over, job.model, job.snapshot)
 
 
 def start(
@@ -147,7 +148,7 @@ def _detach(row: JobRow) -> None:
 
 def _snapshot(db: Database, name: str | None, cwd: Path) -> tuple[str | None, str | None]:
     """Name and digest, so that the job trains on this snapshot or not at all."""
-    if name is None:
+    if name is None or name == NANO:  # whose demonstrations are made as they are needed
         return None, None
     if is_folder(name):
         snapshot = Snapshot.open(cwd / name)

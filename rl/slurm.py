@@ -1,16 +1,21 @@
-"""Slurm: the script of a job, and the three programs that are asked about it.
+"""Slurm: the script of a job, what runs in it, and the programs that are asked about it.
 
-    python -m rl.slurm ID:TOKEN STATUS      the last words of the script: how srun ended
+    python -m rl.slurm ID:TOKEN srun ...
 
-The trainer adopts its job as it starts (rl/jobs.py), on the first host that Slurm gave it.
+is all that the script comes to: it runs that command, beats for the job while it runs, and records
+how it ended where the trainer did not come to. Slurm itself starts and kills the ranks.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -18,12 +23,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from rl import job_rows
 from rl.job_file import CHECKPOINT, RECIPE, Spec, command, port
-from rl.job_rows import Hold
+from rl.job_rows import Hold, JobLost, Tail
+from rl.jobs import BEAT_SECONDS
 from rl.logs import LOG, last_lines, read_tail
-from rl.verdicts import ERROR_LINES, verdict
-from shared.errors import TirgenError
+from rl.verdicts import ERROR_LINES, patiently, verdict
+from shared.errors import DatabaseError, TirgenError
 from shared.store.database import Database, resolve_url
-from shared.store.models import JobRow
 
 SCRIPT = "job.sbatch"
 
@@ -78,17 +83,43 @@ def is_known(external_id: str) -> bool | None:
     return bool(said.strip())
 
 
-def close(db: Database, hold: Hold, code: int) -> None:
+def run(db: Database, hold: Hold, command: Sequence[str], external_id: str | None) -> int:
+    """Run the command for the job; its exit status. Raises JobLost where the job is not to be run.
+
+    SIGTERM is for the ranks, which get it from Slurm; this waits for their end.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    row = job_rows.start(db, hold, socket.gethostname(), os.getpid(), external_id)
+    log = Path(row.out) / LOG
+    known = None
+    asked = False
+    process = subprocess.Popen(command)
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(BEAT_SECONDS)
+            break
+        try:
+            tail = read_tail(log, known)
+            order = job_rows.beat(db, hold, tail)
+            known = tail.n_bytes if tail else known
+            late = order.asked is not None and order.asked > order.grace
+        except DatabaseError:
+            continue
+        except JobLost:
+            late = True
+        if late and not asked:
+            asked = True
+            process.terminate()  # srun passes it on
+    close(db, hold, 128 - code if code < 0 else code, read_tail(log))
+    return code
+
+
+def close(db: Database, hold: Hold, code: int, tail: Tail | None) -> None:
     """Record what the trainer, killed perhaps, did not come to record itself."""
-    with db.session() as session:
-        row = session.get(JobRow, hold.id)
-    if row is None:
-        return
-    tail = read_tail(Path(row.out) / LOG)
     state, error_class, error_text = verdict(code)
     if code and tail:
         error_text = f"{error_text}\n{last_lines(tail.text, ERROR_LINES)}"
-    job_rows.end(db, hold, state, error_class, error_text, tail)
+    patiently(lambda: job_rows.end(db, hold, state, error_class, error_text, tail))
 
 
 def _options(spec: Spec, name: str) -> Iterator[str]:
@@ -148,9 +179,8 @@ def _run(program: str, *arguments: str) -> str:
 
 def main() -> int:
     job_id, _, token = sys.argv[1].partition(":")
-    db = Database(resolve_url())
-    close(db, Hold(int(job_id), int(token)), int(sys.argv[2]))
-    return 0
+    hold = Hold(int(job_id), int(token))
+    return run(Database(resolve_url()), hold, sys.argv[2:], os.environ.get("SLURM_JOB_ID"))
 
 
 if __name__ == "__main__":

@@ -34,17 +34,19 @@ from rl.job_rows import Hold, JobLost
 from rl.jobs import BEAT_SECONDS, JOB
 from rl.keeper import MARK
 from rl.logs import LOG, last_lines, read_tail
-from rl.verdicts import ERROR_LINES, verdict
+from rl.verdicts import ERROR_LINES, patiently, verdict
 from shared.errors import DatabaseError, InputError
 from shared.store.database import Database, resolve_url
 from shared.store.models import JobPlace, JobRow, JobState
 
 TICK = 0.1
-KILL_SECONDS = 10.0  # from SIGTERM to SIGKILL
+KILL_SECONDS = 10.0  # from SIGTERM to SIGKILL, but no longer than the grace
+OVER_SECONDS = 60.0  # for processes to end once the trainer has said how the job ended
 SAVE_SECONDS = 60.0  # the same where a worker stops and the job is to go on elsewhere
-PATIENCE = 600.0  # how long the end waits for a database that is away
 INTERRUPT_GRACE = 30.0
 FORWARDED = ("TIRGEN_", "HF_", "NCCL_", "OMP_")  # environment that goes to hosts reached by ssh
+
+Keeper = subprocess.Popen[str]
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +67,18 @@ def supervise(
     hold = job_rows.take(db, job_id, socket.gethostname(), os.getpid())
     if row is None or hold is None:
         return None
+    keepers: list[Keeper] = []
     with _signals() as told:
-        supervisor = _Supervisor(db, row, hold, lambda: told.terminated or stopping(), tick, told)
         try:
-            state = supervisor.run()
+            supervisor = _Supervisor(db, row, hold, stopping, tick, told, keepers)
+            return supervisor.run()
         except BaseException as error:
-            supervisor.end_all(0.0)
+            for keeper in keepers:
+                _tell(keeper, "0")
+                keeper.wait()
             name, what = type(error).__name__, str(error)
-            _patiently(lambda: job_rows.end(db, hold, JobState.FAILED, name, what))
+            patiently(lambda: job_rows.end(db, hold, JobState.FAILED, name, what))
             raise
-    return state
 
 
 @dataclass
@@ -94,16 +98,18 @@ class _Supervisor:
         stopping: Callable[[], bool],
         tick: Callable[[], object],
         told: _Told,
+        keepers: list[Keeper],
     ) -> None:
         self.db, self.hold, self.name = db, hold, row.name
         self.spec = Spec.model_validate(row.spec)
         self.stopping, self.tick, self.told = stopping, tick, told
         self.out = Path(self.spec.out)
-        self.keepers: list[subprocess.Popen[str]] = []
+        self.keepers = keepers
         self.asked = False  # were the keepers told to end?
         self._known: int | None = None
         self._warned = False
         self._interrupts = 0
+        self._over: float | None = None  # since when
 
     def run(self) -> JobState | None:
         stopped = False
@@ -122,7 +128,7 @@ class _Supervisor:
                 self._interrupts = self.told.interrupts
                 self._cancel(INTERRUPT_GRACE if self._interrupts == 1 else 0.0)
                 next_beat = 0.0
-            if self.stopping() and not stopped:
+            if (self.told.terminated or self.stopping()) and not stopped:
                 stopped = True
                 self.ask_all(SAVE_SECONDS if self._goes_on else KILL_SECONDS)
             if any(keeper.poll() for keeper in self.keepers):
@@ -145,9 +151,7 @@ class _Supervisor:
             for host, command in zip(self.spec.hosts, commands, strict=True):
                 self.keepers.append(self._keeper(host, command, mark, output))
 
-    def _keeper(
-        self, host: Host, command: list[str], mark: str, output: IO[str]
-    ) -> subprocess.Popen[str]:
+    def _keeper(self, host: Host, command: list[str], mark: str, output: IO[str]) -> Keeper:
         here = host.address in (None, "localhost", socket.gethostname())
         env = {
             **({} if here else _forwarded(os.environ)),
@@ -195,8 +199,12 @@ class _Supervisor:
             return
         self._warned = False
         self._known = tail.n_bytes if tail else self._known
+        if order.over:
+            self._over = self._over or time.monotonic()
+            if time.monotonic() > self._over + OVER_SECONDS:
+                self.ask_all(KILL_SECONDS)
         if order.asked is not None and order.asked >= order.grace:
-            self.ask_all(KILL_SECONDS)
+            self.ask_all(min(KILL_SECONDS, order.grace))
 
     def _cancel(self, grace: float) -> None:
         with suppress(DatabaseError, InputError):
@@ -222,13 +230,13 @@ class _Supervisor:
             else:
                 job_rows.end(self.db, self.hold, state, error_class, error_text, tail)
 
-        _patiently(close)
+        patiently(close)
         with self.db.session() as session:
             row = session.get(JobRow, self.hold.id)
         return None if row is None or row.token != self.hold.token else JobState(row.state)
 
 
-def _tell(process: subprocess.Popen[str], line: str) -> None:
+def _tell(process: Keeper, line: str) -> None:
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # it has ended already
         process.stdin.write(f"{line}\n")
@@ -237,20 +245,6 @@ def _tell(process: subprocess.Popen[str], line: str) -> None:
 
 def _forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(FORWARDED)}
-
-
-def _patiently(call: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            call()
-        except DatabaseError as error:
-            if time.monotonic() > deadline:
-                raise
-            log.warning("trying again: %s", error.what)
-            time.sleep(1.0)
-        else:
-            return
 
 
 @contextmanager
