@@ -44,7 +44,9 @@ class ModelConfig(Section):
     format: Format = Format.PAPER
     thinking: bool = False
     attention: str = Field(
-        default="sdpa", description="sdpa, eager, flash_attention_2: transformers' names."
+        default="rows",
+        description="rows: packed rows each by itself (rl/attention.py); or a name of "
+        "transformers: sdpa, eager, flash_attention_2.",
     )
     recompute: int = Field(
         default=0, ge=0, description="0: keep activations. n: recompute those of each n-th layer."

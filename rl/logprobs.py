@@ -2,15 +2,17 @@
 
 Logits are what fills the memory: N tokens times the vocabulary, again for the gradient. Here they
 exist only for tokens that carry loss (`MicroBatch.at_N` picks their hidden states; with a tool most
-tokens carry none), for `chunk` tokens at a time, and are computed again in the backward pass.
+tokens carry none), and for no more than `chunk` tokens at a time: where there are more, those of
+each chunk are computed again in the backward pass.
 
-Axis suffixes: `_N` loss tokens, `_H` hidden size, `_V` vocabulary.
+Axis suffixes: `_N` loss tokens, `_n` those of a chunk, `_H` hidden size, `_V` vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,19 +42,42 @@ def token_logprobs(
     """
 
     def part(hidden_nH: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-        logits_nV = head(hidden_nH).float() / temperature  # half precision would lose the tail
-        total_n = logits_nV.logsumexp(-1)
-        logp_n = logits_nV.gather(-1, labels_n[:, None])[:, 0] - total_n
-        with torch.no_grad():
-            chances_nV = (logits_nV - total_n[:, None]).exp()
-            entropy_n = total_n - (chances_nV * logits_nV).sum(-1)
-        return logp_n, entropy_n
+        logits_nV = head(hidden_nH).float()  # half precision would lose the tail
+        if temperature != 1.0:
+            logits_nV = logits_nV / temperature
+        found: tuple[Tensor, Tensor] = _LogSoftmaxAt.apply(logits_nV, labels_n)  # type: ignore[no-untyped-call]
+        return found
 
-    # Without loss tokens there is one empty chunk, so that the backward pass reaches the model.
-    starts = range(0, max(1, len(labels_N)), chunk)
+    if len(labels_N) <= chunk:
+        # One chunk is there at the end of the forward pass or at the beginning of the backward one,
+        # which is the same time. Without loss tokens it is empty, and still reaches the model.
+        return TokenLogprobs(*part(hidden_NH, labels_N))
     parts = [
         checkpoint(part, hidden_NH[i : i + chunk], labels_N[i : i + chunk], use_reentrant=False)
-        for i in starts
+        for i in range(0, len(labels_N), chunk)
     ]
     logps, entropies = zip(*parts, strict=True)
     return TokenLogprobs(torch.cat(logps), torch.cat(entropies))
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """(n, V) logits, (n,) labels -> log softmax at the labels, and the entropy (no gradient).
+
+    Keeps the probabilities and nothing else of that size; d logp / d logits = 1[label] - p.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+        total_n = logits_nV.logsumexp(-1)
+        chances_nV = (logits_nV - total_n[:, None]).exp_()
+        logp_n = logits_nV.gather(-1, labels_n[:, None])[:, 0] - total_n
+        entropy_n = total_n - torch.linalg.vecdot(chances_nV, logits_nV)
+        ctx.save_for_backward(chances_nV, labels_n)
+        ctx.mark_non_differentiable(entropy_n)
+        return logp_n, entropy_n
+
+    @staticmethod
+    def backward(ctx: Any, slope_n: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        chances_nV, labels_n = ctx.saved_tensors
+        slope_nV = chances_nV * -slope_n[:, None]
+        return slope_nV.scatter_add_(-1, labels_n[:, None], slope_n[:, None]), None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rl.attention import boundaries
 from rl.config import Lora, ModelConfig
 from rl.logprobs import token_logprobs
 from rl.packing import MicroBatch
@@ -59,7 +60,7 @@ class Policy(nn.Module):
         """(logp_N with gradient, entropy_N without), see `rl.packing.MicroBatch`."""
         base = self.lm.get_base_model() if hasattr(self.lm, "peft_config") else self.lm
         hidden_BTH = base.model(
-            input_ids=ids_BT, position_ids=positions_BT, use_cache=False
+            input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **boundaries(positions_BT)
         ).last_hidden_state
         found: tuple[Tensor, Tensor] = self.head(
             hidden_BTH.flatten(0, 1)[at_N], labels_N, temperature, self.chunk

@@ -14,6 +14,9 @@ from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from rl.checkpoint import Progress
 from rl.config import SftConfig
 from rl.data import NANO, SnapshotSource, Source, Window
@@ -91,7 +94,7 @@ def train_window(config: SftConfig, engine: Engine, window: Window) -> dict[str,
         world.size,
         attention_cost(engine.policy.lm),
     )[world.rank]
-    sums = {"loss": 0.0, "nll": 0.0, "entropy": 0.0}
+    told: list[Tensor] = []  # of each micro-batch; read once, since to read is to wait for a GPU
     with clock("step"):
         for numbers in plan:
             rows = [window.rows[n] for n in numbers]
@@ -101,11 +104,10 @@ def train_window(config: SftConfig, engine: Engine, window: Window) -> dict[str,
             weight_N = logp_N.new_tensor(weights)[batch.row_N.to(logp_N.device)]
             loss = -(weight_N * logp_N).sum()
             engine.backward(loss)
-            sums["loss"] += loss.item()
-            sums["nll"] -= logp_N.detach().sum().item()
-            sums["entropy"] += entropy_N.sum().item()
+            told.append(torch.stack([loss.detach(), -logp_N.detach().sum(), entropy_N.sum()]))
         result = engine.step()
-    sums = world.total(sums)
+    parts = torch.stack(told).double().sum(0).tolist()
+    sums = world.total(dict(zip(("loss", "nll", "entropy"), parts, strict=True)))
     tokens, seconds = sum(len(row.ids) for row in window.rows), clock.seconds["step"]
     return {
         "loss": sums["loss"],

@@ -9,10 +9,10 @@ step only, it is the policy itself and needs no forward pass of its own.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
+import torch
 from torch import Tensor
 
 from rl.config import TrainConfig
@@ -80,7 +80,7 @@ def _step(
     old: list[Tensor] | None,
 ) -> dict[str, float]:
     counts = count((one.level, one.row.n_loss, one.advantage) for one in window)
-    sums: dict[str, float] = defaultdict(float)
+    told: list[Tensor] = []
     for i, (rows, batch) in enumerate(plan):
         logp_N, entropy_N = engine.logprobs(batch, config.rollout.temperature)
         sampler_N = batch.sampler_N.to(logp_N.device)
@@ -91,8 +91,9 @@ def _step(
         loss_batch = loss_inputs(config, rows, batch, counts, old_N, sampler_N)
         loss = objective(logp_N, loss_batch, config.loss)
         engine.backward(loss.total)
-        _tally(sums, loss, loss_batch, entropy_N)
+        told.append(_tally(loss, loss_batch, entropy_N))
     result = engine.step()
+    sums = dict(zip((*_PLAIN, *_MEANS), torch.stack(told).sum(0).tolist(), strict=True))
     return _values(engine.world.total(sums), counts) | {
         "grad_norm": result.grad_norm,
         "lr": result.lr,
@@ -119,40 +120,34 @@ def loss_inputs(
     return LossBatch(old_N, sampler_N, columns[:, 0], columns[:, 1], columns[:, 2], row_N)
 
 
-def _tally(sums: dict[str, float], loss: Loss, batch: LossBatch, entropy_N: Tensor) -> None:
-    """Add a micro-batch to the sums of the metrics."""
+# What `_tally` sums up, in its order: the latter become means over the `n` loss tokens.
+_PLAIN = ("loss", "loss/policy", "loss/nll", "n")
+_MEANS = (
+    "entropy", "ratio/mean", "ratio/clipped", "ratio/dual_clipped", "kl/k1", "kl/k3",
+    "mismatch/k1", "mismatch/k3", "mismatch/abs", "mismatch/importance",
+)  # fmt: skip
+
+
+def _tally(loss: Loss, batch: LossBatch, entropy_N: Tensor) -> Tensor:
+    """A micro-batch's sums for the metrics, float64; to be read when all have been queued."""
     # Tokens were sampled from the first argument of each: KL(pi_old || pi), KL(sampler || pi_old).
     drift = kl(batch.old_N, loss.logp_N)
     mismatch = kl(batch.sampler_N, batch.old_N)
-    difference_N = (batch.old_N - batch.sampler_N).abs()
-    sums["loss"] += loss.total.item()
-    sums["loss/policy"] += loss.policy.item()
-    sums["loss/nll"] += loss.nll.item()
-    sums["n"] += len(entropy_N)
-    for name, value_N in (
-        ("entropy", entropy_N),
-        ("ratio/mean", loss.tokens.ratio_N),
-        ("ratio/clipped", loss.tokens.clipped_N),
-        ("ratio/dual_clipped", loss.tokens.dual_clipped_N),
-        ("kl/k1", drift.k1_N),
-        ("kl/k3", drift.k3_N),
-        ("mismatch/k1", mismatch.k1_N),
-        ("mismatch/k3", mismatch.k3_N),
-        ("mismatch/abs", difference_N),
-        ("mismatch/importance", loss.importance_N),
-    ):
-        sums[f"mean:{name}"] += value_N.double().sum().item()
+    columns = (
+        entropy_N, loss.tokens.ratio_N, loss.tokens.clipped_N, loss.tokens.dual_clipped_N,
+        drift.k1_N, drift.k3_N, mismatch.k1_N, mismatch.k3_N,
+        (batch.old_N - batch.sampler_N).abs(), loss.importance_N,
+    )  # fmt: skip
+    plain = (loss.total.detach(), loss.policy, loss.nll, entropy_N.new_tensor(len(entropy_N)))
+    means = torch.stack([column.double() for column in columns]).sum(1)
+    return torch.cat([torch.stack(plain).double(), means])
 
 
-def _values(sums: dict[str, float], counts: dict[Level, Counts]) -> dict[str, float]:
+def _values(sums: Mapping[str, float], counts: dict[Level, Counts]) -> dict[str, float]:
     """Sums over ranks as metrics: means are per loss token of the window."""
-    n = max(1, sums.get("n", 0))
-    means = {
-        name.removeprefix("mean:"): value / n
-        for name, value in sums.items()
-        if name.startswith("mean:")
-    }
-    plain = {name: sums.get(name, 0.0) for name in ("loss", "loss/policy", "loss/nll")}
+    n = max(1, sums["n"])
+    means = {name: sums[name] / n for name in _MEANS}
+    plain = {name: sums[name] for name in _PLAIN if name != "n"}
     sizes = {
         f"rows/{level}{what}": float(value)
         for level, count_ in counts.items()

@@ -1,0 +1,122 @@
+"""Causal attention within each packed row: what `model.attention = "rows"`, the default, names.
+
+The rows of a packed micro-batch keep apart by a mask (`rl.packing.MicroBatch`). In transformers'
+sdpa that is a dense one: every pair of the micro-batch is computed, and all but those of one row
+thrown away; with thirty rows, thirty times the work, on a CPU more than all the rest of a small
+model (docs/training.md). Here the rows' boundaries, found once per micro-batch, cut the sequence:
+into calls of torch's own kernel, or, for half precision on a GPU, into one call of its
+variable-length kernel. That last path has not been run by this project yet.
+
+A model that is run on anything else (padded rows, a mask, a cache) is attended to by sdpa.
+Axis suffixes: `_B` rows of a tensor, `h`/`g` heads of queries and of keys, `T` positions, `d`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from shared.errors import ConfigError
+
+ROWS = "rows"
+_UNKNOWN = ("softcap", "position_bias", "s_aux")  # what other kernels can do, and these cannot
+
+
+def boundaries(positions_BT: Tensor) -> dict[str, Any]:
+    """Where packed rows begin and end, in the words in which transformers tells its kernels.
+
+    Positions begin at 0 with each row. Empty for a tensor of several rows: those are padded.
+    """
+    if len(positions_BT) > 1:
+        return {}
+    starts = (positions_BT[0] == 0).nonzero()[:, 0].tolist()
+    ends = [*starts, positions_BT.shape[1]]
+    bounds = torch.tensor(ends, dtype=torch.int32, device=positions_BT.device)
+    longest = max(end - start for start, end in pairwise(ends))
+    return {
+        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds,
+        "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
+def attend(
+    module: nn.Module,
+    query_BhTd: Tensor,
+    key_BgTd: Tensor,
+    value_BgTd: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Attention (B, T, h, d), within the rows that `cu_seq_lens_q` bounds (see `boundaries`).
+
+    Raises ConfigError for a model whose attention is of a kind that only other kernels know.
+    """
+    if any(more.get(name) is not None for name in _UNKNOWN):
+        raise ConfigError(
+            f"{type(module).__name__} needs an attention that '{ROWS}' does not have.",
+            where="model.attention",
+            remedy="set it to eager, or to a kernel that transformers lists for this model",
+        )
+    if attention_mask is None and len(query_BhTd) == 1 and "cu_seq_lens_q" not in more:
+        positions_BT = more.get("position_ids")  # the model was not called by `rl.model.Policy`
+        if positions_BT is not None and query_BhTd.shape[2] == key_BgTd.shape[2]:
+            more |= boundaries(positions_BT)
+    bounds = more.get("cu_seq_lens_q")
+    if bounds is None or attention_mask is not None:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query_BhTd, key_BgTd, value_BgTd, attention_mask, scaling=scaling, **more
+        )
+        return found
+    if query_BhTd.is_cuda and query_BhTd.dtype is not torch.float32:
+        return _varlen(query_BhTd, key_BgTd, value_BgTd, scaling, sliding_window, more), None
+    lengths = bounds.diff().tolist()
+    parts = [tensor.split(lengths, dim=2) for tensor in (query_BhTd, key_BgTd, value_BgTd)]
+    rows = [_row(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+def _row(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """One row; each position looks at itself and at the `window - 1` before it."""
+    n = query.shape[2]
+    band = None
+    if window is not None and n > window:
+        band = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=True
+    )
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, told: Any
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended: Tensor = varlen_attn(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        told["cu_seq_lens_q"], told["cu_seq_lens_k"], told["max_length_q"], told["max_length_k"],
+        scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+    )  # fmt: skip
+    return attended[None]
+
+
+def _mask(**asked: Any) -> Tensor | None:
+    """None where the boundaries say it all; otherwise what sdpa needs."""
+    one_row = asked["batch_size"] == 1 and asked["q_length"] == asked["kv_length"]
+    if one_row and asked["attention_mask"] is None:
+        return None
+    made: Tensor | None = sdpa_mask(**asked)
+    return made
+
+
+AttentionInterface.register(ROWS, attend)
+AttentionMaskInterface.register(ROWS, _mask)
