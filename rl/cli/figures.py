@@ -52,10 +52,12 @@ def evaluations(made: Made, how: Settings, format: Format) -> None:
     for name, each in made:
         for one in each:
             console.print(_context(one, how))
-            rows = [(f.name, _right(figure_text(f)), _right(interval_text(f)), f.interval.n,
-                     Text(f.about, style="dim")) for f in figures(one, how)]  # fmt: skip
+            rows = [
+                (f.name, _right(figure_text(f)), _right(interval_text(f)), f.interval.n)
+                for f in figures(one, how)
+            ]
             level = f"{100 * how.level:g} % interval"
-            console.print(table(("figure", "value", level, "questions", ""), rows, one.run))
+            console.print(table(("figure", "value", level, "questions"), rows, one.run))
             console.print()
         if len(each) > 1:
             found = average(each, how)
@@ -118,9 +120,8 @@ def tool_success(made: Made, format: Format) -> None:
         ]
         title = f"{one.run}: {kind} ({said.n_without_calls} trajectories without calls left out)"
         console.print(table(("", "every call ok", "a call failed"), rows, title))
-        lines = [("pooled", _association(said.pooled)), ("within questions", _stratified(q))]
-        console.print(table(("", ""), lines))
-        console.print()
+        console.print(f"pooled: {_association(said.pooled)}", highlight=False)
+        console.print(f"within questions: {_stratified(q)}\n", highlight=False)
 
 
 def correction(made: Made, format: Format) -> None:

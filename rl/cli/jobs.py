@@ -17,6 +17,7 @@ from rl import curves, job_rows, slurm
 from rl import launch as launching
 from rl import worker as workers
 from rl.cli.common import open_database
+from rl.evaluation import worker as evaluation
 from rl.job_file import JobFile, Spec, host_commands, load
 from rl.job_rows import Hold
 from rl.logs import LOG, Follower, last_lines
@@ -84,6 +85,9 @@ def worker(
     celery_app.check_broker(broker)
     # Every kind of work is made known here; what a worker takes is told by its queues.
     workers.register_training(broker, db)
+    celery_app.register_slices(
+        broker, db, evaluation.KIND, evaluation.opener(), evaluation.settings
+    )
     raise typer.Exit(workers.run(broker, db, queue or [workers.QUEUE], processes))
 
 

@@ -78,7 +78,7 @@ class PolicyConfig(Section):
     def label(self) -> str:
         """What it is called in tables."""
         if self.engine == "local":
-            return Path(self.model or "").name or str(self.model)
+            return "/".join(Path(self.model or "").parts[-2:])  # "model" alone says little
         assert self.endpoint is not None
         return self.endpoint.model
 

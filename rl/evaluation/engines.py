@@ -56,6 +56,7 @@ def _local(
 ) -> tuple[Engine, Codec]:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from rl.rollout.local import LocalEngine
 
@@ -65,6 +66,7 @@ def _local(
     renderer = _renderer(model, policy)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    logging.disable_progress_bar()  # ours is on the screen
     try:
         lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=kinds[dtype])
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ from shared.endpoints import Endpoint, Sampling, Usage
 from shared.episode import Episode, run_episode
 from shared.errors import EndpointError, SandboxError
 from shared.grading import Grader
-from shared.policy import Codec, Engine, Generated
+from shared.policy import Codec, Engine, Generated, Tool
 from shared.sandbox.backend import Backend, backend
 from shared.segments import Segment
 from shared.store.trajectories import Completed, RoleUsage
@@ -34,6 +34,7 @@ from shared.work.slices import Handler, OpenHandler, RunInfo, SliceSettings
 KIND = "evaluate"  # of the run, hence of its queue and its task
 
 OpenPolicy = Callable[[EvaluationConfig], AbstractAsyncContextManager[tuple[Engine, Codec]]]
+OpenTool = Callable[[EvaluationConfig], AbstractAsyncContextManager[Tool]]
 
 
 def settings(run: RunInfo) -> SliceSettings:
@@ -41,18 +42,21 @@ def settings(run: RunInfo) -> SliceSettings:
     return SliceSettings(in_flight=_config(run).in_flight)
 
 
-def opener(open_with: OpenPolicy = open_policy) -> OpenHandler:
+def open_tool(config: EvaluationConfig) -> Backend:
+    return backend(config.tool.sandbox_url, config.tool.minimum_tier)
+
+
+def opener(policy: OpenPolicy = open_policy, tool: OpenTool = open_tool) -> OpenHandler:
     """What opens everything that the items of one slice share."""
 
     @asynccontextmanager
     async def evaluator(run: RunInfo) -> AsyncIterator[Handler]:
         config = _config(run)
         async with AsyncExitStack() as stack:
-            engine, codec = await stack.enter_async_context(open_with(config))
-            tool = config.tool
-            sandbox = await stack.enter_async_context(backend(tool.sandbox_url, tool.minimum_tier))
+            engine, codec = await stack.enter_async_context(policy(config))
+            sandbox = await stack.enter_async_context(tool(config))
             grader = await stack.enter_async_context(
-                Grader(zygotes=1, minimum_tier=tool.minimum_tier)
+                Grader(zygotes=1, minimum_tier=config.tool.minimum_tier)
             )
             judge = None
             if config.judge is not None:
@@ -73,7 +77,7 @@ class _Evaluator:
     config: EvaluationConfig
     engine: Engine
     codec: Codec
-    sandbox: Backend
+    sandbox: Tool
     verifier: Verifier
     code_version: str
 

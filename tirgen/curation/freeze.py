@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ def create(db: Database, request: Request) -> Record:
         if request.kind is SnapshotKind.PROBLEMS:
             funnel.append(_stage("one row per problem", len(chosen), rows.n))
         _check_funnel(request, funnel, rows)
+        _check_measured(session, request, rows.run_ids)
         _hold(session, request, rows.run_ids)
         snapshot_id = snapshots.reserve(session)
         digest = snapshots.digest_of(request.kind, rows.n, rows.write(snapshot_id))
@@ -256,6 +258,21 @@ def _check_funnel(request: Request, funnel: Sequence[Mapping[str, Any]], rows: _
             f"split {empty[0]} would be empty: there are only {rows.n} rows, whole problems each",
             where=where, remedy="give it a larger share, or take another --seed",
         )  # fmt: skip
+
+
+def _check_measured(session: Session, request: Request, run_ids: Sequence[int]) -> None:
+    """Evaluations are runs like others; trained on by accident, their questions measure nothing."""
+    if re.search(r"\bkind\b", request.where):
+        return
+    of_kind = select(RunRow.name).where(RunRow.id.in_(run_ids), RunRow.kind == "evaluate")
+    names = session.scalars(of_kind.order_by(RunRow.id)).all()
+    if names:
+        raise InputError(
+            f"{len(names)} of the selected runs are evaluations ({', '.join(names[:3])}): trained"
+            " on, their questions would measure nothing any more",
+            where="--where",
+            remedy="add: and kind == 'generate' (or name the kind you mean, if you do mean it)",
+        )
 
 
 def _hold(session: Session, request: Request, run_ids: Sequence[int]) -> None:
