@@ -37,11 +37,10 @@ UNIVERSAL = "universal"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a job stands: optimizer steps, position in the data, and a loop's own counters."""
+    """Where a job stands: its steps (RL: rounds), and its position in the data."""
 
     step: int = 0
     position: Position = field(default_factory=Position)
-    counters: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +106,8 @@ class Checkpoints:
             mine = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=False)
             set_random_state(mine["random"])
             buffer = mine["buffer"]
-        progress = state["progress"]
-        position = Position(**progress["position"])
-        return Progress(progress["step"], position, progress["counters"]), buffer
+        at = state["progress"]
+        return Progress(at["step"], Position(**at["position"])), buffer
 
     def _check(self, folder: Path, made: dict[str, Any]) -> None:
         now = asdict(self.made)

@@ -107,7 +107,8 @@ class _Trainer:
     ) -> bool:
         """From `at` on; false where it was told to stop before the end."""
         config, total = self.config, self.config.schedule.rollouts
-        first = at.counters.get("rollouts", 0)
+        first = at.step  # rounds, not optimizer steps: a round may have nothing to learn from
+        cursor = at.position.row
         self._sync(first, Clock())
         with self.session.progress("rl", total, first) as tick:
             if heldout is not None and first == 0:
@@ -116,13 +117,11 @@ class _Trainer:
                 began, clock = time.perf_counter(), Clock()
                 with clock("rollout"):
                     if buffer is None:
-                        cursor = at.position.row
                         buffer = self.thread.call(self.sampler.rollout(number, cursor))
-                now, buffer = buffer, None
-                at = Progress(0, Position(0, now.cursor))
-                ahead = None
+                now, cursor = buffer, buffer.cursor
+                buffer = ahead = None
                 if config.rollout.overlap and number + 1 < total:
-                    ahead = self.thread.start(self.sampler.rollout(number + 1, now.cursor))
+                    ahead = self.thread.start(self.sampler.rollout(number + 1, cursor))
                 with clock("update"):
                     rows = self.world.concatenated(now.rows)
                     seed = seeds.derive(config.seed, "deal", number)
@@ -142,10 +141,8 @@ class _Trainer:
                 stopping = self.session.stopping()
                 every = config.checkpoint.every
                 if stopping or last or (every and (number + 1) % every == 0):
-                    counters = {"rollouts": number + 1}
-                    at = Progress(self.engine.steps, Position(0, now.cursor), counters)
-                    path = checkpoints.save(self.engine, at, buffer)
-                    self.session.saved(self.engine.steps, path)
+                    at = Progress(number + 1, Position(0, cursor))
+                    self.session.saved(number + 1, checkpoints.save(self.engine, at, buffer))
                 if stopping and not last:
                     return False
         return True

@@ -246,6 +246,8 @@ def _enter(
         )
         names = set(session.scalars(select(JobRow.name)))
     if resume and before is not None:
+        if _is_dead_here(before):
+            job_rows.end(db, Hold(before.id, before.token), JobState.LOST, None, "it was killed")
         row = job_rows.reopen(db, before.name)
         return row.name, row.id
     free = name or next(n for n in _numbered(out.name) if n not in names)
@@ -267,6 +269,15 @@ def _enter(
         code_version=code_version(),
     )
     return free, job_rows.create(db, new)
+
+
+def _is_dead_here(row: JobRow) -> bool:
+    """Was the trainer of this folder, whose lock we hold, killed before it could say so?
+
+    On this host nobody has to wait until it has been silent for long.
+    """
+    here = row.host == socket.gethostname() and row.state == JobState.RUNNING
+    return here and row.pid is not None and not Path(f"/proc/{row.pid}").exists()
 
 
 def _numbered(name: str) -> Iterator[str]:

@@ -313,6 +313,22 @@ def test_a_trainer_that_was_killed_is_lost_and_goes_on(
     assert steps(out) == [step for step, _ in recorded(db, "out")] == [1, 2, 3, 4, 5]
 
 
+def test_a_trainer_that_was_killed_here_goes_on_at_once(
+    db: Database, out: Path, start: Starter
+) -> None:
+    """Nobody has to wait until a job whose process is gone has been silent for long. Control: one
+    that lives is not taken over (its folder is locked)."""
+    process = start(PROGRAM, "sft", "--out", out, "--set", "hold=2")
+    until(lambda: steps(out) == [1], "one step is done")
+    assert start(PROGRAM, "sft", "--out", out, "--resume").wait(30) != 0
+    process.kill()
+    process.wait()
+    (out / "go").touch()
+    assert start(PROGRAM, "sft", "--out", out, "--resume").wait(30) == 0
+    assert row(db, "out").state == "done"
+    assert steps(out) == [1, 2, 3]
+
+
 def test_a_trainer_by_itself_ends_when_it_is_cancelled(
     db: Database, out: Path, start: Starter, cli: Cli
 ) -> None:
@@ -661,7 +677,7 @@ def start_worker(start: Starter, queue: str = "train") -> subprocess.Popen[bytes
 def test_a_worker_takes_a_job_once_though_its_message_is_doubled(
     ready: Database, out: Path, start: Starter, cli: Cli
 ) -> None:
-    """Four messages for one job, before and while it runs; and one for a job that is none."""
+    """Three messages for one job, before and while it runs; and one for a job that is none."""
     db = ready
     assert "waits for a worker of queue train" in said(
         cli("launch", job_file(out, "celery", hold=2))
@@ -671,7 +687,7 @@ def test_a_worker_takes_a_job_once_though_its_message_is_doubled(
     send(make_app(db), [double, Message(worker.TASK, (job_id + 1,), "train")])
     start_worker(start)
     until(lambda: steps(out) == [1], "it runs")
-    send(make_app(db), [double] * 2)
+    send(make_app(db), [double])
     (out / "go").touch()
     until(in_state(db, JobState.DONE), "it is done")
     queued = "SELECT count(*) FROM pgmq.q_train"
