@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from rl.config import TrainConfig
@@ -37,6 +38,7 @@ from shared.policy import Codec, Engine, Tool
 from shared.trajectory import End, Outcome
 
 T = TypeVar("T")
+Sums = defaultdict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Rollout:
     """
 
     rows: tuple[RlRow, ...]
-    sums: Counter[str]
+    sums: Sums
     cursor: int
     version: int
     shown: tuple[Solved, ...] = field(default=(), repr=False)
@@ -95,7 +97,7 @@ class Sampler:
         schedule, settings = self.config.schedule, self.settings(number)
         permits = asyncio.Semaphore(self.config.rollout.in_flight)
         version, start = self.engine.version, cursor
-        sums, rows, solved = Counter[str](), list[RlRow](), list[Solved]()
+        sums, rows, solved = Sums(float), list[RlRow](), list[Solved]()
         kept = 0
         while True:
             sampled = cursor - start
@@ -148,12 +150,10 @@ class Sampler:
         """A group for each prompt, in their order."""
         group = self.config.schedule.group
         wanted = [(prompt, sample) for prompt in prompts for sample in range(group)]
-        solved = await _all(
-            permits, [lambda p=p, s=s: self.solve(p, s, settings) for p, s in wanted]
-        )
+        solved = await _all(permits, [partial(self.solve, p, s, settings) for p, s in wanted])
         return [solved[i : i + group] for i in range(0, len(solved), group)]
 
-    async def heldout(self, prompts: Prompts, limit: int, samples: int) -> Counter[str]:
+    async def heldout(self, prompts: Prompts, limit: int, samples: int) -> Sums:
         """Sums over this rank's share of the first `limit` problems, with the same draws each time.
 
         By the settings of a rollout of the last stage.
@@ -164,12 +164,12 @@ class Sampler:
         solved = await _all(
             permits,
             [
-                lambda p=prompt, s=sample: self.solve(p, s, settings, "heldout")
+                partial(self.solve, prompt, sample, settings, "heldout")
                 for prompt in mine
                 for sample in range(samples)
             ],
         )
-        sums = Counter[str]()
+        sums = Sums(float)
         for one in solved:
             _tally_episode(sums, one)
         return sums
@@ -215,7 +215,7 @@ class Sampler:
         n_prompts: int,
         settings: EpisodeSettings,
         permits: asyncio.Semaphore,
-        sums: Counter[str],
+        sums: Sums,
     ) -> list[RlRow]:
         """Rows of the failed steps that were tried again on this rank."""
         config = self.config
@@ -237,7 +237,7 @@ class Sampler:
         tries = await _all(
             permits,
             [
-                lambda e=each, s=sample: self._again(e, by_name[e.rollout].episode, s, settings)
+                partial(self._again, each, by_name[each.rollout].episode, sample, settings)
                 for each in mine
                 for sample in range(size)
             ],
@@ -306,7 +306,7 @@ def _rows(group: Sequence[Solved], found: Credit) -> list[RlRow]:
     ]
 
 
-def _tally_credit(sums: Counter[str], level: Level, found: Credit) -> None:
+def _tally_credit(sums: Sums, level: Level, found: Credit) -> None:
     sums[f"groups/{level}"] += 1
     sums[f"groups/{level}/trained"] += found.trains
     for reason, n in found.against.items():
@@ -315,7 +315,7 @@ def _tally_credit(sums: Counter[str], level: Level, found: Credit) -> None:
         sums[f"drop/{level}/{reason}"] += n
 
 
-def _tally_episode(sums: Counter[str], one: Solved) -> None:
+def _tally_episode(sums: Sums, one: Solved) -> None:
     done = one.episode
     sums["episodes"] += 1
     sums["episodes/right"] += one.reward == 1.0

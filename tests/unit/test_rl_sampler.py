@@ -6,7 +6,7 @@ Policy, tokens, sandbox and grader are scripted; the loop of an episode has test
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any, cast
@@ -117,7 +117,7 @@ def sample(
     return asyncio.run(made.rollout(number, cursor))
 
 
-def without_times(sums: Counter[str]) -> dict[str, float]:
+def without_times(sums: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in sums.items() if "seconds" not in name}
 
 
