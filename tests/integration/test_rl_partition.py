@@ -5,12 +5,14 @@ stage and place of the optimizer, to 1e-6 in fp32: each token's weight comes fro
 whole window, and the engine adds plain sums. Why it matters: the plainest use of DeepSpeed trains
 on the last micro-batch only and logs a plausible norm; the control here is that use, and it has to
 fail. Reference: one plain torch graph over all rows, which shares no code with the trainer.
-Not shown here: bf16, several hosts, GPUs.
+In bf16 there is nothing to compare exactly.
+Not shown here: several hosts, GPUs.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +27,25 @@ WORLDS = (1, 2)
 TOLERANCE = 1e-6
 
 
+class Results:
+    """What the cases came to in a world; a start of its ranks for two ZeRO stages, when asked."""
+
+    def __init__(self, world: int, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self.known: dict[str, Any] = {}
+
+    def __getitem__(self, case: Case) -> Any:
+        if case.name not in self.known:
+            stages = "01" if case.zero < 2 else "23"
+            out = self.folder / f"{stages}.pt"
+            ranks.run("tests.rl_programs.partition", [str(out), stages], self.world)
+            self.known |= torch.load(out)
+        return self.known[case.name]
+
+
 @pytest.fixture(scope="session", params=WORLDS)
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    out = tmp_path_factory.mktemp("partition") / "results.pt"
-    ranks.run("tests.rl_programs.partition", [str(out)], request.param)
-    return {"world": request.param, **torch.load(out)}
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(request.param, tmp_path_factory.mktemp("partition"))
 
 
 def reference(case: Case) -> tuple[dict[str, Tensor], float, float]:
@@ -84,19 +100,34 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name] - expected[name]).abs().max()) / LR for name in expected)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.managed], ids=lambda c: c.name)
-def test_a_step_is_that_of_one_plain_graph(case: Case, results: dict[str, Any]) -> None:
+EXACT = [case for case in CASES if not case.managed and case.dtype == "fp32"]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda c: c.name)
+def test_a_step_is_that_of_one_plain_graph(case: Case, results: Results) -> None:
     """Gradients, not only their direction; the loss and the norm on every rank are the window's."""
     expected, loss, norm = reference(case)
-    assert distance(results[case.name]["change"], expected) < TOLERANCE
-    for reported in results[case.name]["reported"]:
+    assert distance(results[case]["change"], expected) < TOLERANCE
+    for reported in results[case]["reported"]:
         assert reported["loss"] == pytest.approx(loss, rel=1e-5)
         assert reported["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("zero", range(4))
+def test_in_bf16_the_loss_and_the_norm_are_those_of_fp32_to_its_precision(
+    zero: int, results: Results
+) -> None:
+    case = Case(zero=zero, budget=31, dtype="bf16")
+    _, loss, norm = reference(case)
+    for reported in results[case]["reported"]:
+        assert reported["loss"] == pytest.approx(loss, rel=0.01)
+        assert reported["grad_norm"] == pytest.approx(norm, rel=0.03)
+    assert any(change.abs().max() > 0 for change in results[case]["change"].values())
+
+
+@pytest.mark.parametrize("zero", range(4))
 def test_control_managed_accumulation_trains_on_the_last_micro_batch(
-    zero: int, results: dict[str, Any]
+    zero: int, results: Results
 ) -> None:
     """The same rows and calls, and DeepSpeed's default: a boundary at every backward pass.
 
@@ -104,7 +135,7 @@ def test_control_managed_accumulation_trains_on_the_last_micro_batch(
     under ZeRO-3 it happens to be right, which is how one overlooks it.
     """
     case = Case(zero=zero, budget=31, managed=True)
-    found = distance(results[case.name]["change"], reference(case)[0])
+    found = distance(results[case]["change"], reference(case)[0])
     assert found > 1e-3 if zero in (1, 2) else found < TOLERANCE
 
 
