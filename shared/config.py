@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import ConfigError
+from shared.optional import require
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -49,13 +50,26 @@ def read_toml(text: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"Not valid TOML: {error}", where=where) from error
 
 
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Raises ConfigError for what is not YAML, or no mapping."""
+    yaml = require("yaml", need="a YAML file", install="pyyaml")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Not valid YAML: {error}", where=where) from error
+    if not isinstance(values, dict):
+        raise ConfigError("A configuration is a mapping of keys to values.", where=where)
+    return values
+
+
 def read_file(path: Path) -> dict[str, Any]:
-    """A TOML file. Raises ConfigError where it cannot be read."""
+    """A TOML or, by its ending, YAML file. Raises ConfigError where it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read the config file: {error}", where=str(path)) from error
-    return read_toml(text, str(path))
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
+    return (read_yaml if is_yaml else read_toml)(text, str(path))
 
 
 def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 console = Console()
+errors = Console(stderr=True)  # progress and notes, where standard output is data
 
 CELL = 200  # characters of a value that a table may show
 NARROW = 12  # characters; a column of no more keeps its width
