@@ -23,7 +23,7 @@ from rich.progress import (
 
 from rl.cli.common import open_database
 from shared.errors import ConfigError
-from shared.terminal import Format, console
+from shared.terminal import Format, console, errors
 
 if TYPE_CHECKING:
     from rl.evaluation.figures import Settings
@@ -115,7 +115,7 @@ def evaluate(
     them. Benchmarks: `tirgen-rl analyze benchmarks`.
     """
     from rl.cli import figures as show
-    from rl.evaluation import benchmarks, runs
+    from rl.evaluation import benchmarks, runs, worker
     from rl.evaluation.plan import Asked
     from rl.evaluation.plan import plan as planned
     from shared.problems import field_map
@@ -145,7 +145,7 @@ def evaluate(
     ids = [runs.start(db, one.evaluation, one.config, one.problems) for one in plans]
     if detach:
         runs.hand_out(db, ids, 1)
-        console.print(f"Left to the workers: tirgen-rl worker --queue {runs.KIND}; then")
+        console.print(f"Left to the workers: tirgen-rl worker --queue {worker.KIND}; then")
         console.print(f"  tirgen-rl analyze show {name}", highlight=False)
         return
     _work(db, plans, ids)
@@ -265,7 +265,7 @@ def _report(
         from rl.evaluation import report
 
         page = report.write(db, title, [one for _, each in made for one in each], to, how)
-        console.print(f"report: {page}", highlight=False, markup=False)
+        errors.print(f"report: {page}", highlight=False, markup=False)
 
 
 def _load(db: Database, name: str) -> list[Results]:
@@ -290,7 +290,7 @@ def _work(db: Database, plans: Sequence[Planned], ids: Sequence[int]) -> None:
     from rl.evaluation import runs
     from shared.store import RunState
 
-    with _stoppable() as told, Progress(*COLUMNS, console=console) as bars:
+    with _stoppable() as told, Progress(*COLUMNS, console=errors) as bars:
         for one, run_id in zip(plans, ids, strict=True):
             label = runs.name_of(one.evaluation, one.config.benchmark.name)
             total = len(one.problems) * one.config.samples
@@ -304,7 +304,7 @@ def _work(db: Database, plans: Sequence[Planned], ids: Sequence[int]) -> None:
             if told or last.state is RunState.CANCELLED:
                 break
     if told or last.state is RunState.CANCELLED:
-        console.print("Stopped; the same command goes on with it.")
+        errors.print("Stopped; the same command goes on with it.")
         raise typer.Exit(130 if told else 1)
 
 

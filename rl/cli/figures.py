@@ -108,8 +108,8 @@ def tool_success(made: Made, format: Format) -> None:
         if not first or one.config.correction.strategy != "none"
     ]
     if format is Format.JSON:
-        rows = [{"run": one.run, "calls": kind, **asdict(said)} for one, kind, said in found]
-        typer.echo(json_text(rows, indent=2))
+        told = [{"run": one.run, "calls": kind, **asdict(said)} for one, kind, said in found]
+        typer.echo(json_text(told, indent=2))
         return
     for one, kind, said in found:
         t, q = said.table, said.by_question

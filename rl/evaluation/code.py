@@ -153,7 +153,7 @@ async def judge(sandbox: Tool, response: str, tests: str, *, seed: int, timeout:
         raise SandboxError("The sandbox failed while a program was tested.")
     passed = result.outcome is Outcome.OK and result.stdout.rstrip().endswith(word)
     error = result.error
-    reason = "all tests pass" if passed else _why(result.outcome, error and error.type)
+    reason = "all tests pass" if passed else _why(result.outcome, error.type if error else None)
     evidence = {"outcome": result.outcome, "error": error.message[:500] if error else None}
     return Verdict(Check.ANSWER, passed, VERSION, reason, evidence, result.duration)
 

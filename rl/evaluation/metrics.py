@@ -99,7 +99,7 @@ def choose(candidates: Sequence[Candidate], seed: int, no_code: NoCode = "below-
     Ties are broken by: having a boxed answer, then the majority among those still tied (no one is
     out where the majorities tie), then the fewest tokens, then the seed.
     """
-    left = range(len(candidates))
+    left: Sequence[int] = range(len(candidates))
     left = _best(left, [_rate(c, no_code) for c in candidates])
     left = _best(left, [(float(c.cluster is not None), 0) for c in candidates])
     votes: dict[int | None, int] = {}

@@ -7,7 +7,7 @@ out, and the page's own policy forbids scripts and requests.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -17,14 +17,13 @@ from typing import Any
 import jinja2
 
 from rl.evaluation import analyses, plots
-from rl.evaluation.attempts import Attempt
+from rl.evaluation.attempts import Attempt, Tried
 from rl.evaluation.figures import Figure, Settings, average, context, figures
 from rl.evaluation.results import Results, trajectory_of
 from shared.errors import InputError
 from shared.segments import SAMPLED
 from shared.store.database import Database
 from shared.terminal import visible
-from shared.trajectory import Outcome
 
 EXAMPLES = 2  # of each kind of attempt
 SHOWN = 20_000  # characters of one segment
@@ -124,15 +123,15 @@ def _agreement(attempts: Sequence[Attempt]) -> tuple[int, int, int, int] | None:
 
 def _chosen(results: Results) -> Iterator[tuple[str, Attempt]]:
     """A few attempts of every kind that there is, the first ones, each at most once."""
-    kinds = (
-        ("corrected, and right", lambda a: _corrected(a) and a.right),
+    kinds: tuple[tuple[str, Callable[[Attempt], bool]], ...] = (
+        ("corrected, and right", lambda a: _corrected(a) and a.right is True),
         ("corrected, and not right", lambda a: _corrected(a) and not a.right),
-        ("tried again in vain", lambda a: any(_in_vain(c.outcomes, c.ok) for c in a.calls)),
+        ("tried again in vain", lambda a: any(_in_vain(call) for call in a.calls)),
         ("a failed call that stands", lambda a: any(c.stands and not c.ok for c in a.calls)),
         ("rules and judge differ",
          lambda a: a.judged is not None and a.judged != (a.right is True)),
         ("undecided", lambda a: a.right is None),
-        ("right without correction", lambda a: a.right and not a.n_retries),
+        ("right without correction", lambda a: a.right is True and not a.n_retries),
         ("not right", lambda a: not a.right),
     )  # fmt: skip
     seen: set[int | None] = set()
@@ -147,8 +146,8 @@ def _corrected(one: Attempt) -> bool:
     return any(call.corrected_at is not None for call in one.calls)
 
 
-def _in_vain(outcomes: tuple[Outcome, ...], ok: bool) -> bool:
-    return len(outcomes) > 1 and not ok
+def _in_vain(call: Tried) -> bool:
+    return len(call.outcomes) > 1 and not call.ok
 
 
 def _example(db: Database, why: str, one: Attempt) -> dict[str, Any]:
