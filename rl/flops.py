@@ -10,9 +10,12 @@ do and about twice as much for long rows. Activations computed a second time cou
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import resource
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from shared.errors import ConfigError
 
@@ -71,3 +74,21 @@ def peak(device_name: str) -> float | None:
 def mfu(flops: float, seconds: float, peak: float, devices: int = 1) -> float:
     """The share of what `devices` could have computed at their peak in this time."""
     return flops / (seconds * peak * devices)
+
+
+def costs(
+    config: PretrainedConfig, lengths: Sequence[int], seconds: float, devices: int, *, frozen: bool
+) -> dict[str, float]:
+    """Metrics of a step over rows of these lengths: this process's peak memory, and its MFU.
+
+    MFU is of training steps alone, and only told for a GPU whose peak is known.
+    """
+    if not torch.cuda.is_available():
+        return {"memory/peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    values = {"memory/peak_bytes": float(torch.cuda.max_memory_allocated())}
+    top = peak(torch.cuda.get_device_name())
+    if top is not None and seconds > 0:
+        for name, causal in (("mfu", True), ("mfu_full", False)):
+            flops = training_flops(shape(config), lengths, causal=causal, frozen=frozen)
+            values[f"speed/{name}"] = mfu(flops, seconds, top, devices)
+    return values

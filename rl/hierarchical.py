@@ -28,6 +28,7 @@ from rl.checkpoint import Checkpoints, Progress
 from rl.config import TrainConfig
 from rl.data import Position, Prompts
 from rl.engine import Engine
+from rl.flops import costs
 from rl.model import Policy, load_model, load_tokenizer
 from rl.rollout.open import Rollouts, open_engine
 from rl.rollout.sampler import RlRow, Rollout, Sampler
@@ -115,7 +116,7 @@ class _Trainer:
                 self.session.log(0, self._heldout(heldout))
             for number in range(first, total):
                 began, clock = time.perf_counter(), Clock()
-                with clock("rollout"):
+                with clock("wait"):
                     if buffer is None:
                         buffer = self.thread.call(self.sampler.rollout(number, cursor))
                 now, cursor = buffer, buffer.cursor
@@ -127,7 +128,7 @@ class _Trainer:
                     seed = seeds.derive(config.seed, "deal", number)
                     steps = update(config, self.engine, rows, seed)
                 if ahead is not None:
-                    with clock("rollout_wait"):
+                    with clock("wait"):
                         buffer = ahead.result()
                 self._sync(number + 1, clock)
                 values = self._values(now, rows, steps, clock, time.perf_counter() - began)
@@ -176,15 +177,17 @@ class _Trainer:
         sums = Counter(self.world.total(rollout.sums))
         names = dict.fromkeys(name for step in steps for name in step)
         means = {name: fmean(step[name] for step in steps) for name in names}
-        tokens = sum(len(one.row.ids) for one in rows)
+        lengths = [len(one.row.ids) for one in rows]
         loss_tokens = sum(one.row.n_loss for one in rows)
-        times = clock.values()
-        sampling = times.get("time/rollout", 0.0) + times.get("time/rollout_wait", 0.0)
+        times = {"time/rollout": rollout.seconds} | clock.values()
         speeds = {
-            "speed/rollout_tokens": sums["tokens/generated"] / max(sampling, 1e-9),
-            "speed/trainer_tokens": tokens / max(times["time/update"], 1e-9),
+            "speed/rollout_tokens": sums["tokens/generated"] / max(rollout.seconds, 1e-9),
+            "speed/trainer_tokens": sum(lengths) / max(times["time/update"], 1e-9),
             "speed/effective_tokens": loss_tokens / seconds / self.world.size,
         }
+        frozen = self.config.model.lora is not None
+        config = self.engine.policy.lm.config
+        speeds |= costs(config, lengths, times["time/update"], self.world.size, frozen=frozen)
         counted = {"optimizer_steps": float(self.engine.steps), "rows": float(len(rows))}
         return rollout_values(sums) | means | times | {"time/round": seconds} | speeds | counted
 

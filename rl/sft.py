@@ -21,6 +21,7 @@ from rl.checkpoint import Progress
 from rl.config import SftConfig
 from rl.data import NANO, SnapshotSource, Source, Window
 from rl.engine import Engine
+from rl.flops import costs
 from rl.loss import Counts, token_weight
 from rl.model import Policy, attention_cost, load_model, load_tokenizer
 from rl.nano import Demonstrations
@@ -108,7 +109,8 @@ def train_window(config: SftConfig, engine: Engine, window: Window) -> dict[str,
         result = engine.step()
     parts = torch.stack(told).double().sum(0).tolist()
     sums = world.total(dict(zip(("loss", "nll", "entropy"), parts, strict=True)))
-    tokens, seconds = sum(len(row.ids) for row in window.rows), clock.seconds["step"]
+    lengths, seconds = [len(row.ids) for row in window.rows], clock.seconds["step"]
+    tokens, frozen = sum(lengths), config.model.lora is not None
     return {
         "loss": sums["loss"],
         "nll": sums["nll"] / max(1, counts.tokens),
@@ -124,6 +126,7 @@ def train_window(config: SftConfig, engine: Engine, window: Window) -> dict[str,
         **clock.values(),
         "speed/tokens": tokens / seconds,
         "speed/loss_tokens": counts.tokens / seconds,
+        **costs(engine.policy.lm.config, lengths, seconds, world.size, frozen=frozen),
     }
 
 

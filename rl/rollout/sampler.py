@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -66,13 +67,14 @@ class Rollout:
     """What this rank sampled: its rows, in order, and sums for the metrics.
 
     `cursor`: the number of the prompt after the last one that any rank took. `version`: of the
-    weights that sampled it. `shown`: a few episodes for people to look at.
+    weights that sampled it. `shown`: a few episodes to look at. `seconds` that it took.
     """
 
     rows: tuple[RlRow, ...]
     sums: Sums
     cursor: int
     version: int
+    seconds: float = field(default=0.0, compare=False)
     shown: tuple[Solved, ...] = field(default=(), repr=False)
 
 
@@ -96,7 +98,7 @@ class Sampler:
         """Rollout `number` of the job, from prompt number `cursor` on. Every rank calls it."""
         schedule, settings = self.config.schedule, self.settings(number)
         permits = asyncio.Semaphore(self.config.rollout.in_flight)
-        version, start = self.engine.version, cursor
+        version, start, began = self.engine.version, cursor, time.perf_counter()
         sums, rows, solved = Sums(float), list[RlRow](), list[Solved]()
         kept = 0
         while True:
@@ -124,7 +126,8 @@ class Sampler:
         if "step" in self.config.levels:
             rows += await self._steps(number, solved, cursor - start, settings, permits, sums)
         sums["prompts"] = cursor - start if self.world.is_first else 0
-        return Rollout(tuple(rows), sums, cursor, version, tuple(solved[:8]))
+        seconds = time.perf_counter() - began
+        return Rollout(tuple(rows), sums, cursor, version, seconds, tuple(solved[:8]))
 
     def settings(self, number: int) -> EpisodeSettings:
         """Of the episodes of rollout `number`: the curriculum decides the number of calls."""

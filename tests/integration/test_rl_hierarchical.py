@@ -25,7 +25,7 @@ from tests.integration.test_rl_resume import same, steps, wait_for
 from tirgen.stack import WEIGHTS
 
 ROLLOUTS = 3
-TIMES = ("time", "speed", "heldout/time")
+TIMES = ("time", "speed", "memory", "heldout/time")
 
 
 @dataclass(frozen=True)

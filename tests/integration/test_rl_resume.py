@@ -84,7 +84,7 @@ def steps(out: Path) -> list[dict[str, float]]:
 def computed(out: Path) -> list[dict[str, float]]:
     """The metrics without what a clock says."""
     return [
-        {k: v for k, v in step.items() if not k.startswith(("time", "speed"))}
+        {k: v for k, v in step.items() if not k.startswith(("time", "speed", "memory"))}
         for step in steps(out)
     ]
 
