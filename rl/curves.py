@@ -16,6 +16,12 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 GAP = " "
 BLUE = "#3b7dd8"
 COLUMNS = 3  # of the picture
+# What one looks at first, with or without "heldout/" before it; a picture of all 70 is none.
+HEADLINES = (
+    "reward/episode", "reward/step", "calls/first_try", "loss", "nll", "entropy", "grad_norm", "lr",
+    "kl/k3", "ratio/clipped", "mismatch/abs", "length/response", "rows", "staleness", "time/round",
+    "time/step", "speed/effective_tokens", "speed/loss_tokens", "speed/mfu",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +86,22 @@ def binned(values: Sequence[float], width: int) -> list[float | None]:
     return found
 
 
+def headlines(curves: Sequence[Curve]) -> list[Curve]:
+    """The curves of HEADLINES, in their order; all curves where there is none of them."""
+    place = {name: n for n, name in enumerate(HEADLINES)}
+    found = [c for c in curves if c.name.removeprefix("heldout/") in place]
+    found.sort(key=lambda c: (place[c.name.removeprefix("heldout/")], c.name))
+    return found or list(curves)
+
+
 def picture(curves: Sequence[Curve], title: str, path: Path) -> None:
-    """All curves, one axes each. Raises ConfigError if `path` cannot be written, or if there is
-    nothing to draw."""
+    """The headlines among the curves, one axes each.
+
+    Raises ConfigError if `path` cannot be written, or if there is nothing to draw.
+    """
     if not curves:
         raise ConfigError("the job has no metrics yet", where=f"--plot {path}")
+    curves = headlines(curves)
     module = require("matplotlib.figure", need="--plot", install="tirgen[plot]")
     rows = ceil(len(curves) / COLUMNS)
     figure = module.Figure(figsize=(4.2 * COLUMNS, 2.4 * rows + 0.6), layout="constrained")

@@ -326,3 +326,12 @@ def test_mfu_is_a_share_of_the_peak() -> None:
     assert flops.peak("cpu") is None
     assert flops.mfu(989e12, 2.0, 989e12, devices=1) == 0.5
     assert flops.mfu(989e12, 2.0, 989e12, devices=2) == 0.25
+
+
+def test_a_picture_is_of_what_one_looks_at_first() -> None:
+    """Not of all seventy; where a program logs none of these, of all it logs."""
+    logged = {"zebra": 1.0, "loss": 2.0, "heldout/calls/first_try": 0.5, "calls/first_try": 1.0}
+    names = [curve.name for curve in curves.headlines(curves.curves([(1, logged)]))]
+    assert names == ["calls/first_try", "heldout/calls/first_try", "loss"]
+    others = curves.headlines(curves.curves([(1, {"zebra": 1.0})]))
+    assert [curve.name for curve in others] == ["zebra"]
