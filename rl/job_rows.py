@@ -123,23 +123,31 @@ _BEGIN = text(f"""
 
 _BEAT = text(f"""
     UPDATE jobs SET state = 'running', heartbeat_at = {_NOW}, finished_at = NULL,
-        error_class = NULL, error_text = NULL,
+        error_class = CASE WHEN state = 'running' THEN error_class END,
+        error_text = CASE WHEN state = 'running' THEN error_text END,
         log_tail = coalesce(:log_tail, log_tail), log_bytes = coalesce(:log_bytes, log_bytes)
     WHERE {_HELD} RETURNING extract(epoch FROM {_NOW} - cancel_at) AS asked, cancel_grace
 """)
 
-# What fails once its end was asked for was ended.
+_NOTE = text(f"""
+    UPDATE jobs SET error_class = :error_class, error_text = :error_text WHERE {_HELD}
+""")
+
+# What fails once its end was asked for was ended. The first to say why it failed knew best.
 _END = text(f"""
     UPDATE jobs SET finished_at = {_NOW}, heartbeat_at = {_NOW},
         state = CASE WHEN :state = 'failed' AND cancel_at IS NOT NULL
             THEN 'cancelled' ELSE :state END,
-        error_class = :error_class, error_text = :error_text,
+        error_class = CASE WHEN :state = 'failed' AND cancel_at IS NULL
+            THEN coalesce(error_class, :error_class) END,
+        error_text = CASE WHEN :state = 'failed' AND cancel_at IS NULL
+            THEN coalesce(error_text, :error_text) END,
         log_tail = coalesce(:log_tail, log_tail), log_bytes = coalesce(:log_bytes, log_bytes)
     WHERE {_HELD} RETURNING state
 """)
 
 _GIVE_BACK = text(f"""
-    UPDATE jobs SET heartbeat_at = NULL, pid = NULL,
+    UPDATE jobs SET heartbeat_at = NULL, pid = NULL, error_class = NULL, error_text = NULL,
         state = CASE WHEN cancel_at IS NULL THEN 'queued' ELSE 'cancelled' END,
         finished_at = CASE WHEN cancel_at IS NULL THEN NULL ELSE {_NOW} END,
         log_tail = coalesce(:log_tail, log_tail), log_bytes = coalesce(:log_bytes, log_bytes)
@@ -300,6 +308,13 @@ def beat(db: Database, hold: Hold, tail: Tail | None = None) -> Order:
                 raise _lost(session, hold)
             return Order(over=True)
     return Order(None if row.asked is None else float(row.asked), float(row.cancel_grace or 0.0))
+
+
+def note(db: Database, hold: Hold, error_class: str, error_text: str) -> None:
+    """Say why the job fails, ahead of the `end` by whoever waits for all its processes."""
+    values = {"error_class": error_class, "error_text": clean(error_text)[0]}
+    with db.begin() as session:
+        session.execute(_NOTE, _hold(hold) | values)
 
 
 def end(

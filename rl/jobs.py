@@ -11,8 +11,8 @@ Rank 0 alone has a job. It is recorded in the database where there is one: as th
 recorded and nothing else differs.
 
 A thread sends heartbeats and learns from them whether somebody asked for the end. A trainer that
-does not end within the grace it was given is killed by that thread, unless somebody else has the
-killing in hand. A database that goes away ends no training.
+does not end within the grace it was given is killed by that thread, if need be: of a launched one
+that is the launcher's business. A database that goes away ends no training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from sqlalchemy import select
 from rl import job_rows
 from rl.job_file import Host, Spec
 from rl.job_rows import TERMINATED, Begun, Hold, JobLost, NewJob
-from rl.keeper import MARK
 from rl.logs import LOG, read_tail
 from shared.errors import ConfigError, DatabaseError, TirgenError
 from shared.store import migrate
@@ -51,7 +50,7 @@ JOB = "TIRGEN_JOB"  # id:token, for a trainer that somebody launched
 
 BEAT_SECONDS = 1.0
 END_SECONDS = 30.0  # how long the end waits for a database that is away
-KEEPER_SECONDS = 60.0  # beyond the grace, where a keeper should have killed by then
+LAUNCHER_SECONDS = 60.0  # beyond the grace: who launched the trainer should have killed it
 EXIT_TERMINATED = 128 + signal.SIGTERM
 EXIT_CANCELLED = 128 + signal.SIGINT
 TRACEBACK_CHARS = 20_000
@@ -87,11 +86,11 @@ class Job:
 
 
 class RecordedJob(Job):
-    def __init__(self, name: str, db: Database, hold: Hold, out: Path, kept: bool) -> None:
+    def __init__(self, name: str, db: Database, hold: Hold, out: Path, launched: bool) -> None:
         super().__init__(name)
         self.db: Database = db
         self.hold: Hold = hold
-        self.kept = kept
+        self.launched = launched
         self.heart = _Heart(self, out / LOG)
 
     @property
@@ -147,9 +146,7 @@ def open_job(
                 ) as job:
                     yield job
             else:
-                with adopt(
-                    db, given, config, snapshot, out, world_size=world_size, environ=environ
-                ) as job:
+                with adopt(db, given, config, snapshot, out, world_size=world_size) as job:
                     yield job
         finally:
             db.close()
@@ -192,7 +189,7 @@ def record(
     if hold is None:
         raise JobLost(f"job {name!r} was taken by somebody else this moment")
     job_rows.begin(db, hold, _begun(config, snapshot, world_size))
-    with _log_file(out), _living(RecordedJob(name, db, hold, out, kept=False)) as job:
+    with _log_file(out), _living(RecordedJob(name, db, hold, out, launched=False)) as job:
         yield job
 
 
@@ -205,7 +202,6 @@ def adopt(
     out: Path,
     *,
     world_size: int = 1,
-    environ: Mapping[str, str] = os.environ,
 ) -> Iterator[Job]:
     """The job that was launched; `given` is what TIRGEN_JOB says.
 
@@ -226,7 +222,7 @@ def adopt(
             remedy="launch a new job for the new snapshot",
         )
     job_rows.begin(db, hold, _begun(config, snapshot, world_size))
-    with _living(RecordedJob(row.name, db, hold, out, kept=MARK in environ)) as job:
+    with _living(RecordedJob(row.name, db, hold, out, launched=True)) as job:
         yield job
 
 
@@ -325,7 +321,7 @@ def _ended(job: Job) -> Iterator[Job]:
     asked = isinstance(job, RecordedJob) and (job.heart.asked or job.heart.lost)
     if asked:
         _close(job, JobState.CANCELLED)
-    elif isinstance(job, RecordedJob) and not job.kept:
+    else:
         _close(job, JobState.FAILED, TERMINATED, "ended early by a signal, in order")
     raise SystemExit(EXIT_CANCELLED if asked else EXIT_TERMINATED)
 
@@ -345,15 +341,22 @@ def _failure(error: BaseException) -> tuple[JobState, str | None, str | None]:
 def _close(
     job: Job, state: JobState, error_class: str | None = None, error_text: str | None = None
 ) -> None:
-    """Patiently: a database that restarts this moment must not leave a finished job running."""
+    """Patiently: a database that restarts this moment must not leave a finished job running.
+
+    Done is done. Of other ends a launched trainer says why; who launched it says when, once the
+    last of its processes has ended.
+    """
     if not isinstance(job, RecordedJob):
         return
     job.heart.end()
+    tail = read_tail(job.heart.file)
     deadline = time.monotonic() + END_SECONDS
     while True:
         try:
-            tail = read_tail(job.heart.file)
-            job_rows.end(job.db, job.hold, state, error_class, error_text, tail)
+            if state is JobState.DONE or not job.launched:
+                job_rows.end(job.db, job.hold, state, error_class, error_text, tail)
+            elif error_class is not None:
+                job_rows.note(job.db, job.hold, error_class, error_text or "")
         except DatabaseError as error:
             if time.monotonic() > deadline:
                 log.warning("that job %s is %s is not recorded: %s", job.name, state, error.what)
@@ -404,7 +407,7 @@ class _Heart(threading.Thread):
         if order.asked is None:
             return
         self.asked = True
-        if order.asked > order.grace + KEEPER_SECONDS * self.job.kept:
+        if order.asked > order.grace + LAUNCHER_SECONDS * self.job.launched:
             log.error("not ended within %.0f s of being asked to: killed", order.asked)
             for handler in logging.getLogger().handlers:
                 handler.flush()

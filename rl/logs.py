@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from rl.job_rows import Tail
 
 LOG = "log.txt"
 TAIL_BYTES = 8192
+
+_OVERWRITTEN = re.compile(r"[^\r\n]*\r")
 
 
 def read_tail(file: Path, known: int | None = None, limit: int = TAIL_BYTES) -> Tail | None:
@@ -25,7 +28,12 @@ def read_tail(file: Path, known: int | None = None, limit: int = TAIL_BYTES) -> 
 
 
 def last_lines(text: str, n: int) -> str:
-    return "\n".join(text.splitlines()[-n:])
+    return "\n".join(settled(text).split("\n")[-n:])
+
+
+def settled(text: str) -> str:
+    """Without what progress bars have written over."""
+    return _OVERWRITTEN.sub("", text.replace("\r\n", "\n"))
 
 
 class Follower:
@@ -46,7 +54,10 @@ class Follower:
             tail = read_tail(self.file, limit=1 << 20)
             if tail is not None:
                 self._at = tail.n_bytes
-                yield "".join(tail.text.splitlines(keepends=True)[-self.lines :])
+                lines = tail.text.splitlines(keepends=True)
+                yield "".join(
+                    lines[len(lines) - self.lines :] if self.lines < len(lines) else lines
+                )
             return
         try:
             with self.file.open("rb") as log:

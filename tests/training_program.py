@@ -62,8 +62,10 @@ class Training:
             folder = self.latest.parent / f"step-{step}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "state").write_text("x" * step)
-            self.latest.write_text(str(step))
             job.checkpoint(step, folder, digest=f"digest {step}")
+            part = self.latest.with_name("part")
+            part.write_text(str(step))
+            part.replace(self.latest)
 
     def stopping(self, job: Job) -> bool:
         return self.told or ("stubborn" not in self.settings and job.cancelled)

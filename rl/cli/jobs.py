@@ -20,7 +20,7 @@ from rl.cli.common import open_database
 from rl.evaluation import worker as evaluation
 from rl.job_file import JobFile, Spec, host_commands, load
 from rl.job_rows import Hold
-from rl.logs import LOG, Follower, last_lines
+from rl.logs import LOG, Follower, last_lines, settled
 from shared.errors import ConfigError, TirgenError
 from shared.store import Database
 from shared.store.models import JobPlace, JobRow, JobState
@@ -168,7 +168,7 @@ def logs(
         _echo(piece)
     seen = row.log_bytes or 0
     if not file.found and row.log_tail:
-        _echo(last_lines(row.log_tail, lines) + "\n")
+        _echo(last_lines(row.log_tail.rstrip("\n"), lines) + "\n")
     while follow and row.state in OPEN:
         time.sleep(POLL)
         row = _find(db, name)
@@ -340,5 +340,5 @@ def _size(n_bytes: int) -> str:
 
 
 def _echo(text: str) -> None:
-    sys.stdout.write(visible(text))
+    sys.stdout.write(visible(settled(text)))
     sys.stdout.flush()
