@@ -34,7 +34,6 @@ from rl.rollout.open import Rollouts, open_engine
 from rl.rollout.sampler import RlRow, Rollout, Sampler
 from rl.session import Clock, Session, make_renderer
 from rl.update import update
-from rl.weight_sync import sync
 from shared import seeds
 from shared.grading import Grader
 from shared.sandbox.backend import backend
@@ -82,7 +81,8 @@ async def _open(
     sandbox = await stack.enter_async_context(backend(tool.sandbox_url, tool.minimum_tier))
     grader = await stack.enter_async_context(Grader(zygotes=1, minimum_tier=tool.minimum_tier))
     aside = session.world.aside(timedelta(minutes=config.engine.timeout_minutes))
-    return Sampler(config, prompts, rollouts, renderer, sandbox, grader, aside), rollouts
+    parts = (rollouts.engine, renderer, sandbox, grader, aside)
+    return Sampler(config, prompts, *parts), rollouts
 
 
 class _Trainer:
@@ -151,7 +151,7 @@ class _Trainer:
     def _sync(self, version: int, clock: Clock) -> None:
         """Give the engine the weights of the trainer."""
         with clock("sync"):
-            sync(self.engine.weights(), self.rollouts, version)
+            self.rollouts.update(self.engine.weights(), version, self.world)
 
     def _is_due(self, rollouts: int) -> bool:
         heldout = self.config.heldout

@@ -94,7 +94,7 @@ class Fused(Memory):
         """Queries (N, heads, d), keys and values (N, kv heads, d) of the rows x (N, H)."""
         joined = _mm(self._rms(x, layer.norm), layer.qkv, layer.qkv_bias)
         parts = (self.heads, self.kv_heads, self.kv_heads)
-        q, k, v = joined.view(len(x), -1, self.head_dim).split(parts, dim=1)
+        q, k, v = torch.split(joined.view(len(x), -1, self.head_dim), parts, dim=1)
         if layer.qk_norm is not None:
             q, k = self._rms(q, layer.qk_norm[0]), self._rms(k, layer.qk_norm[1])
         half = self.head_dim // 2
@@ -113,7 +113,8 @@ class Fused(Memory):
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         size = wide.shape[-1]
         inverse = length.square_().mul_(1 / size).add_(self._eps).rsqrt_()
-        return (wide * inverse).to(x.dtype) * weight
+        normed: Tensor = (wide * inverse).to(x.dtype) * weight
+        return normed
 
 
 def _mm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

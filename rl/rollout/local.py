@@ -170,7 +170,8 @@ class LocalEngine:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._memory.dtype
+        kept: torch.dtype = self._memory.dtype
+        return kept
 
     def begin_update(self) -> None:
         with self._changed:

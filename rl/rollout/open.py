@@ -1,42 +1,91 @@
-"""The engine that a job samples with, as its configuration names it."""
+"""The engine that a job samples with, as its configuration names it, and the way of weights to it.
+
+local: each rank samples with an engine of its own. http: all ranks ask one server, which the first
+rank keeps supplied with weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rl.config import TrainConfig
 from rl.model import load_model
 from rl.render import Renderer
+from rl.rollout.http import HttpEngine, HttpReceiver
 from rl.rollout.local import LocalEngine
-from rl.weight_sync import Receiver
+from rl.weight_sync import Receiver, sync
 from rl.world import World
-from shared import policy
+from shared.endpoints import Endpoint, EndpointConfig
+from shared.errors import ConfigError
 
 
-class Rollouts(policy.Engine, Receiver, Protocol):
-    """An engine that samples and that takes new weights."""
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """`receiver`: None on a rank whose engine another rank supplies with weights."""
+
+    engine: LocalEngine | HttpEngine
+    receiver: Receiver | None
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], version: int, world: World) -> None:
+        """Go on sampling with these weights. Every rank calls it; returns when all have them."""
+        sync(weights, self.receiver, version)
+        world.barrier()
+        if self.receiver is None and isinstance(self.engine, HttpEngine):
+            self.engine.version = version
 
 
 @asynccontextmanager
 async def open_engine(
     config: TrainConfig, renderer: Renderer, world: World
 ) -> AsyncIterator[Rollouts]:
-    """Opened in the event loop that rollouts run in; its weights are still to be sent."""
-    plain = config.model.model_copy(update={"lora": None, "recompute": 0})
-    dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
-    engine = LocalEngine(
-        load_model(plain, config.seed).to(world.device, dtype),
-        renderer.tokenizer,
-        eos={renderer.eos},
-        slots=config.rollout.slots,
-        max_len=config.rollout.context,
-        version=-1,
+    """Opened in the event loop that rollouts run in; its weights are still to be sent.
+
+    Raises EndpointError for a server that does not answer, ConfigError for a model that is not a
+    folder where the server needs one.
+    """
+    chosen = config.rollout
+    if chosen.engine == "local":
+        plain = config.model.model_copy(update={"lora": None, "recompute": 0})
+        dtype = torch.bfloat16 if config.engine.dtype == "bf16" else torch.float32
+        local = LocalEngine(
+            load_model(plain, config.seed).to(world.device, dtype),
+            renderer.tokenizer,
+            eos={renderer.eos},
+            slots=chosen.slots,
+            max_len=chosen.context,
+            version=-1,
+        )
+        try:
+            yield Rollouts(local, local)
+        finally:
+            local.close()
+        return
+    assert chosen.base_url is not None
+    assert chosen.save_to is not None
+    model = Path(config.model.path)
+    if not (model / "config.json").exists():
+        raise ConfigError(
+            "With engine = 'http' the model has to be a folder that the server can read.",
+            where=f"model.path = {config.model.path}",
+            remedy="download it first: hf download NAME --local-dir FOLDER",
+        )
+    address = EndpointConfig(
+        base_url=chosen.base_url, model=chosen.served_model, concurrency=chosen.in_flight
     )
-    try:
-        yield engine
-    finally:
-        engine.close()
+    async with Endpoint(address) as endpoint:
+        await endpoint.check()
+        engine = HttpEngine(endpoint, eos={renderer.eos}, version=-1)
+        if not world.is_first:
+            yield Rollouts(engine, None)
+            return
+        receiver = HttpReceiver(engine, model, Path(chosen.save_to))
+        try:
+            yield Rollouts(engine, receiver)
+        finally:
+            receiver.close()

@@ -21,7 +21,7 @@ class Completion:
 
     `text` is the answer; `reasoning` the thoughts that a server with a reasoning parser split off
     (None elsewhere, where thoughts are part of the text). `token_ids` are the sampled ids (length
-    completion_tokens), if the server was asked for them and sends them.
+    completion_tokens) and `logprobs` of each, if the server was asked for them and sends them.
     """
 
     text: str
@@ -30,6 +30,7 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     reasoning: str | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 class Part(BaseModel):
@@ -75,10 +76,15 @@ class ChatReply(Billed):
         )
 
 
+class TextLogprobs(Part):
+    token_logprobs: list[Annotated[float, Field(allow_inf_nan=False)]]
+
+
 class TextChoice(Part):
     text: str
     finish_reason: str
     token_ids: TokenIds | None = None
+    logprobs: TextLogprobs | None = None
 
 
 class TextReply(Billed):
@@ -92,6 +98,7 @@ class TextReply(Billed):
             finish_reason=choice.finish_reason,
             prompt_tokens=self.usage.prompt_tokens,
             completion_tokens=self.usage.completion_tokens,
+            logprobs=None if choice.logprobs is None else tuple(choice.logprobs.token_logprobs),
         )
 
 

@@ -29,8 +29,9 @@ class NanoProcess:
 
 
 def start_server(
-    model_dir: Path, port: int = 0, *, log: Path, name: str = "nano", host: str = "127.0.0.1"
-) -> NanoProcess:
+    model_dir: Path, port: int = 0, *, log: Path, name: str = "nano", host: str = "127.0.0.1",
+    dev: bool = False,
+) -> NanoProcess:  # fmt: skip
     """Start a detached server and wait until it answers /health; port 0 takes a free one.
 
     The socket is bound here and inherited, so a port in use is found at once and a free one
@@ -49,7 +50,7 @@ def start_server(
         port = listener.getsockname()[1]
         process = subprocess.Popen(
             [sys.executable, "-m", "shared.nano.server", "--fd", str(listener.fileno()),
-             "--model", str(model_dir), "--name", name],
+             "--model", str(model_dir), "--name", name, *(["--dev"] if dev else [])],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

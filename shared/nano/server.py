@@ -7,6 +7,7 @@ follow vLLM, whose place it takes in the quick start and in tests.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import socket
 import sys
@@ -31,6 +32,7 @@ from shared.nano.protocol import (
     DetokenizeRequest,
     JsonObject,
     LogprobListing,
+    Rpc,
     TokenizeChat,
     TokenizeText,
     usage,
@@ -76,8 +78,11 @@ def _chat_extras(body: ChatRequest, part: Choice, listing: LogprobListing) -> Js
     }
 
 
-def create_app(server: NanoService) -> FastAPI:
-    """The routes over one loaded model. The engine stops with the app."""
+def create_app(server: NanoService, *, dev: bool = False) -> FastAPI:
+    """The routes over one loaded model. The engine stops with the app.
+
+    `dev`: also those by which a trainer gives it new weights, as vLLM has them in its dev mode.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -255,7 +260,33 @@ def create_app(server: NanoService) -> FastAPI:
             }
         )
 
+    if dev:
+        _add_weight_updates(app, server)
     return app
+
+
+def _add_weight_updates(app: FastAPI, server: NanoService) -> None:
+    """vLLM's way of new weights: pause, reload from a folder, reset the cache, resume.
+
+    Nothing is cached from one request to the next, and a reload aborts what is under way; so all
+    but the reload have nothing to do here.
+    """
+
+    @app.post("/pause")
+    @app.post("/resume")
+    @app.post("/reset_prefix_cache")
+    async def nothing() -> Response:
+        return Response(status_code=200)
+
+    @app.post("/collective_rpc")
+    async def collective_rpc(body: Rpc) -> JsonObject:
+        if body.method != "reload_weights" or "weights_path" not in body.kwargs:
+            raise ApiError(400, "only reload_weights with a weights_path is supported")
+        try:
+            await asyncio.to_thread(server.load, Path(body.kwargs["weights_path"]))
+        except TirgenError as error:
+            raise ApiError(400, str(error)) from error
+        return {"results": [None]}
 
 
 def _stream(batch: Batch, chunks: AsyncGenerator[str]) -> StreamingResponse:
@@ -281,9 +312,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, help="serve on this inherited listening socket instead")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face folder")
     parser.add_argument("--name", default="nano", help="model name in requests")
+    parser.add_argument("--dev", action="store_true", help="take new weights: for a trainer")
     args = parser.parse_args(argv)
     try:
-        app = create_app(NanoService(args.model, args.name))
+        app = create_app(NanoService(args.model, args.name), dev=args.dev)
         if args.fd is None:
             listener = socket.create_server((args.host, args.port))
         else:

@@ -124,14 +124,25 @@ class NanoService:
         """Raises InputError if the folder is not a Qwen3 model with a tokenizer."""
         self.name, self.created = name, int(time.time())
         self.codec = TextCodec(folder)
-        self.model = NanoModel(folder, slots=SLOTS)
         path = folder / "generation_config.json"
         self.defaults = read_json(path) if path.exists() else {}
+        self.load(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on with the weights in `folder`, of the same model; requests under way are aborted.
+
+        Raises InputError for weights that cannot be used; then everything stays as it was.
+        """
+        model = NanoModel(folder, slots=SLOTS)
         named = self.defaults.get("eos_token_id")
         listed = named if isinstance(named, list) else [named]
         # The tokenizer's end token comes first: its stop reason is null.
         eos = dict.fromkeys(i for i in (self.codec.eos_id, *listed) if i is not None)
-        self.engine = Engine(self.model, self.codec, eos_ids=tuple(eos), max_waiting=MAX_WAITING)
+        before = getattr(self, "engine", None)
+        self.model = model
+        self.engine = Engine(model, self.codec, eos_ids=tuple(eos), max_waiting=MAX_WAITING)
+        if before is not None:
+            before.close()
 
     @property
     def max_len(self) -> int:

@@ -1,0 +1,157 @@
+"""The engine behind HTTP, against nano's server: real ids, real log-probabilities, new weights."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rl.render import Renderer
+from rl.rollout.http import HttpEngine, HttpReceiver
+from rl.weight_sync import sync, weights
+from shared.endpoints import Endpoint, EndpointConfig, Sampling
+from shared.errors import EndpointError
+from shared.nano.launch import NanoProcess, start_server, stop_server
+from shared.policy import Generated
+from tests.fake_endpoint import FakeEndpoint, Reply
+from tirgen.stack import WEIGHTS
+
+PROBLEM = "A farm has 12 goats and buys 30 more. How many goats are there?"
+FREE = Sampling(temperature=1.0, max_tokens=40)
+
+
+@dataclass(frozen=True)
+class Served:
+    process: NanoProcess
+    folder: Path  # what it was started with
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    shutil.copytree(WEIGHTS, folder / "model")
+    process = start_server(folder / "model", log=folder / "log", name="policy", dev=True)
+    yield Served(process, folder / "model")
+    stop_server(process.pid)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(AutoTokenizer.from_pretrained(WEIGHTS), "compact")
+
+
+def model(seed: int | None = None) -> torch.nn.Module:
+    """The packaged policy; with a seed, its weights moved a little."""
+    lm = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
+    if seed is not None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    return lm
+
+
+def sample(
+    url: str, renderer: Renderer, sampling: Sampling = FREE, seed: int = 1, n: int = 1
+) -> list[Generated]:
+    async def run() -> list[Generated]:
+        async with Endpoint(EndpointConfig(base_url=url, model="policy")) as endpoint:
+            engine = HttpEngine(endpoint, eos={renderer.eos}, version=3)
+            prompt = renderer.prompt(PROBLEM).ids
+            calls = (engine.generate(prompt, sampling, seed=seed + i, key=str(i)) for i in range(n))
+            return list(await asyncio.gather(*calls))
+
+    return asyncio.run(run())
+
+
+def by_torch(lm: torch.nn.Module, prompt: tuple[int, ...], made: Generated) -> torch.Tensor:
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([[*prompt, *made.ids]])).logits[0].double()
+    logp = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return logp[range(len(made.ids)), list(made.ids)]
+
+
+def test_ids_and_logprobs_are_of_what_was_sampled(served: Served, renderer: Renderer) -> None:
+    """Beside a forward pass of torch. Control: by other weights they are others."""
+    prompt, lm, other = renderer.prompt(PROBLEM).ids, model(), model(seed=0)
+    for made in sample(served.process.url, renderer, n=6):
+        assert made.version == 3
+        assert made.logprobs is not None
+        assert len(made.logprobs) == len(made.ids)
+        told = torch.tensor(made.logprobs, dtype=torch.float64)
+        assert (told - by_torch(lm, prompt, made)).abs().max() < 1e-3
+        assert (told - by_torch(other, prompt, made)).abs().max() > 1e-2
+        assert (made.ids[-1] == renderer.eos) is (made.finish == "eos")
+
+
+def test_a_stop_string_is_kept_and_told_apart_from_the_end(
+    served: Served, renderer: Renderer
+) -> None:
+    stops = FREE.model_copy(update={"stop": ("```",), "include_stop": True})
+    finishes = set()
+    for made in sample(served.process.url, renderer, stops, n=6):
+        finishes.add(made.finish)
+        if made.finish == "stop":
+            assert renderer.decode(made.ids).endswith("```")
+    assert "stop" in finishes
+    (cut,) = sample(served.process.url, renderer, FREE.model_copy(update={"max_tokens": 3}))
+    assert (cut.finish, len(cut.ids)) == ("length", 3)
+
+
+@pytest.mark.parametrize("changed", [{"temperature": 0.6}, {"top_p": 0.9}, {"top_k": 5}])
+def test_logprobs_of_another_distribution_are_not_passed_on(
+    served: Served, renderer: Renderer, changed: dict[str, float]
+) -> None:
+    """vLLM tells them before temperature and truncation: a ratio to them would be wrong."""
+    (made,) = sample(served.process.url, renderer, FREE.model_copy(update=changed))
+    assert made.logprobs is None
+
+
+def test_new_weights_are_what_it_samples_from(
+    served: Served, renderer: Renderer, tmp_path: Path
+) -> None:
+    """Twice, and back. Controls: before, and by the old weights, log-probabilities are others."""
+    prompt = renderer.prompt(PROBLEM).ids
+
+    async def updated(lm: torch.nn.Module, version: int) -> Generated:
+        address = EndpointConfig(base_url=served.process.url, model="policy")
+        async with Endpoint(address) as endpoint:
+            engine = HttpEngine(endpoint, eos={renderer.eos})
+            receiver = HttpReceiver(engine, served.folder, tmp_path)
+            done = await asyncio.to_thread(sync, weights(lm), receiver, version)
+            assert done.version == engine.version == version
+            receiver.close()
+            return await engine.generate(prompt, FREE, seed=version, key="k")
+
+    previous = model()
+    for version, lm in ((1, model(seed=1)), (2, model(seed=2)), (3, model())):
+        made = asyncio.run(updated(lm, version))
+        assert made.version == version
+        told = torch.tensor(made.logprobs, dtype=torch.float64)
+        assert (told - by_torch(lm, prompt, made)).abs().max() < 1e-3
+        assert (told - by_torch(previous, prompt, made)).abs().max() > 1e-2
+        previous = lm
+
+
+def test_a_server_without_the_routes_says_how_to_get_them(
+    renderer: Renderer, tmp_path: Path
+) -> None:
+    with FakeEndpoint(lambda path, body: Reply(b"no such route", status=404)) as fake:
+        config = EndpointConfig(base_url=fake.base_url, model="policy")
+        engine = HttpEngine(Endpoint(config), eos={renderer.eos})
+        receiver = HttpReceiver(engine, WEIGHTS, tmp_path)
+        with pytest.raises(EndpointError, match="404") as error:
+            receiver.begin_update()
+        assert "VLLM_SERVER_DEV_MODE" in str(error.value)
+        receiver.close()
+    receiver = HttpReceiver(engine, WEIGHTS, tmp_path)
+    with pytest.raises(EndpointError) as error:
+        receiver.begin_update()
+    assert error.value.kind == "unreachable"
+    receiver.close()
