@@ -80,7 +80,7 @@ def attend(
     if query_BhTd.is_cuda and query_BhTd.dtype is not torch.float32:
         return _varlen(query_BhTd, key_BgTd, value_BgTd, scaling, sliding_window, more), None
     lengths = bounds.diff().tolist()
-    parts = [tensor.split(lengths, dim=2) for tensor in (query_BhTd, key_BgTd, value_BgTd)]
+    parts = [torch.split(tensor, lengths, 2) for tensor in (query_BhTd, key_BgTd, value_BgTd)]
     rows = [_row(q, k, v, scaling, sliding_window) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(rows, dim=2).transpose(1, 2), None
 
@@ -101,11 +101,14 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    attended: Tensor = varlen_attn(
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
-        told["cu_seq_lens_q"], told["cu_seq_lens_k"], told["max_length_q"], told["max_length_k"],
-        scale=scaling, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds, longest = told["cu_seq_lens_q"], told["max_length_q"]
+    looks_back = -1 if window is None else window - 1
+    attended = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest,
+        scale=scaling, window_size=(looks_back, 0), enable_gqa=True,
     )  # fmt: skip
+    assert isinstance(attended, Tensor)
     return attended[None]
 
 

@@ -31,7 +31,7 @@ NOT_IDENTITY = ("log", "checkpoint", "data.url", "rollout.base_url", "rollout.sa
 
 class Lora(Section):
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
+    alpha: int = Field(default=32, ge=1)
     targets: str | tuple[str, ...] = Field(
         default="all-linear", description="Names of modules, or all-linear."
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,19 @@ class Engine:
             if self.world.is_first:
                 state[name] = tensor.to("cpu", copy=True)
         return state
+
+    def adapters(self) -> dict[str, Tensor]:
+        """LoRA's weights by peft's names, on the CPU; on the first rank only (elsewhere empty)."""
+        named = [(n, p) for n, p in self.policy.lm.named_parameters() if p.requires_grad]
+        whole: AbstractContextManager[Any] = nullcontext()
+        if self.config.zero == 3:
+            import deepspeed
+
+            whole = deepspeed.zero.GatheredParameters([p for _, p in named])
+        with whole:
+            if self.world.is_first:
+                return {name: p.detach().to("cpu", copy=True) for name, p in named}
+            return {}
 
 
 def deepspeed_config(config: EngineConfig) -> dict[str, Any]:

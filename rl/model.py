@@ -9,6 +9,8 @@ with different numbers of loss tokens still make the same collectives.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rl.attention import boundaries
 from rl.config import Lora, ModelConfig
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
 class Head(nn.Module):
     """The model's output layer and the log-probabilities after it."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    weight: Tensor
+
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.weight = layer.weight
         self.bias = getattr(layer, "bias", None)
@@ -92,8 +97,7 @@ def load_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     try:
         if config.fresh:
             architecture = AutoConfig.from_pretrained(config.path)
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)  # the same weights on every rank
+            with _seeded(seed):
                 lm = AutoModelForCausalLM.from_config(architecture, **options)
         else:
             lm = AutoModelForCausalLM.from_pretrained(config.path, **options)
@@ -102,14 +106,24 @@ def load_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     lm.config.use_cache = False
     if config.recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        layers = [m for m in lm.modules() if hasattr(m, "gradient_checkpointing")]
-        for n, layer in enumerate(layers):
+        for n, layer in enumerate(
+            m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)
+        ):
             layer.gradient_checkpointing = n % config.recompute == 0
     if config.lora is not None:
-        lm = _with_lora(lm, config.lora)
+        with _seeded(seed):
+            lm = _with_lora(lm, config.lora)
     lm.train()
     no_dropout(lm)
     return lm
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What is drawn in the block is the same on every rank, and elsewhere nothing is felt."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def no_dropout(lm: nn.Module) -> None:
@@ -118,15 +132,28 @@ def no_dropout(lm: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def save_model(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict[str, Tensor], to: Path
 ) -> None:
-    """The Hugging Face folder that transformers and vLLM read."""
-    lm.save_pretrained(to, state_dict=state)
+    """The Hugging Face folder that transformers and vLLM read; `state` is `Engine.state_dict()`.
+
+    With LoRA, `state` is the base with the adapters merged in, and so is what is written: whoever
+    loads it needs neither peft nor the base. `save_adapters` writes them alone.
+    """
+    plain = lm.get_base_model() if hasattr(lm, "peft_config") else lm
+    plain.save_pretrained(to, state_dict=state)
     tokenizer.save_pretrained(to)
+
+
+def save_adapters(lm: Any, state: dict[str, Tensor], to: Path) -> None:
+    """A LoRA policy's adapters alone, as peft's folder, a few MB. `state`: `Engine.adapters()`.
+
+    For `PeftModel.from_pretrained(BASE, FOLDER)`, or for vLLM's --lora-modules.
+    """
+    lm.save_pretrained(to, state_dict=state, save_embedding_layers=False)
 
 
 def _with_lora(lm: PreTrainedModel, lora: Lora) -> Any:
@@ -135,6 +162,7 @@ def _with_lora(lm: PreTrainedModel, lora: Lora) -> Any:
             "LoRA needs the package peft.", where="model.lora", remedy="pip install peft"
         )
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     settings = LoraConfig(
         r=lora.rank,
@@ -143,7 +171,14 @@ def _with_lora(lm: PreTrainedModel, lora: Lora) -> Any:
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(lm, settings, autocast_adapter_dtype=False)  # DeepSpeed#8072
+    adapted = get_peft_model(lm, settings, autocast_adapter_dtype=False)  # DeepSpeed#8072
+    if isinstance(lm.get_output_embeddings(), BaseTunerLayer):
+        raise ConfigError(
+            "An adapter on the output layer would never be trained: only its weight is used.",
+            where="model.lora.targets",
+            remedy="leave it out; all-linear does",
+        )
+    return adapted
 
 
 def _unreadable(config: ModelConfig, what: str, error: Exception) -> InputError:

@@ -122,7 +122,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, demo: Demo) -> TrainRow:
 class Demonstrations:
     """`rl.data.Source` of the teacher's demonstrations; each rank makes its share of a window."""
 
-    digest = None
+    digest: str | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int, world: World) -> None:
         self.tokenizer, self.seed, self.world = tokenizer, seed, world

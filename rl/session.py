@@ -27,7 +27,7 @@ from rich.progress import (
 from rl.checkpoint import Checkpoints, Made
 from rl.config import Common
 from rl.engine import Engine
-from rl.model import Policy, save_model
+from rl.model import Policy, save_adapters, save_model
 from rl.render import Renderer
 from rl.world import World
 
@@ -97,11 +97,15 @@ class Session:
             self.job.checkpoint(step, path)
 
     def export(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """The model as a Hugging Face folder, `OUT/model`."""
-        folder = self.out / "model"
+        """The model as a Hugging Face folder, `OUT/model`; of LoRA, `OUT/adapters` as well."""
+        folder, lm = self.out / "model", engine.policy.lm
         state = engine.state_dict()
         if self.world.is_first:
-            save_model(engine.policy.lm, tokenizer, state, folder)
+            save_model(lm, tokenizer, state, folder)
+        if hasattr(lm, "peft_config"):
+            adapters = engine.adapters()
+            if self.world.is_first:
+                save_adapters(lm, adapters, self.out / "adapters")
         self.world.barrier()
         return folder
 
