@@ -30,7 +30,7 @@ SWEPT = {"n_corr": "correction.n_corr", "l_suf": "correction.l_suf",
 _NANO: Mapping[str, Any] = {
     "policy": {"prompts": "compact", "dtype": "fp32", "temperature": 1.0, "top_k": -1},
     "budgets": {"tokens": 640, "context": 1000},
-    "correction": {"l_suf": 20},
+    "correction": {"l_suf": 6},  # about a quarter of the median thought
 }
 
 

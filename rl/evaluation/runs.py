@@ -168,9 +168,9 @@ def find(db: Database, evaluation: str) -> list[RunRow]:
     with db.session() as session:
         of_kind = select(RunRow).where(RunRow.kind == KIND).order_by(RunRow.id)
         runs = list(session.scalars(of_kind))
-    found = [run for run in runs if evaluation in (run.name, run.name.rpartition("/")[0])]
+    found = [run for run in runs if evaluation in (run.name, _evaluation(run.name))]
     if not found:
-        names = list(dict.fromkeys(run.name.rpartition("/")[0] for run in reversed(runs)))[:10]
+        names = list(dict.fromkeys(_evaluation(run.name) for run in reversed(runs)))[:10]
         there = f"newest: {', '.join(names)}" if names else "there is none yet"
         raise InputError(f"there is no evaluation named {evaluation!r}", remedy=there)
     return found
@@ -180,5 +180,9 @@ def points(db: Database, evaluation: str) -> list[str]:
     """The evaluations of a sweep of that name, oldest first."""
     with db.session() as session:
         names = session.scalars(select(RunRow.name).where(RunRow.kind == KIND).order_by(RunRow.id))
-        made = [name.rpartition("/")[0] for name in names]
-    return [name for name in dict.fromkeys(made) if name.startswith(f"{evaluation}@")]
+        made = dict.fromkeys(map(_evaluation, names))
+    return [name for name in made if name.startswith(f"{evaluation}@")]
+
+
+def _evaluation(run: str) -> str:
+    return run.rpartition("/")[0]
