@@ -87,7 +87,9 @@ class ColdJailed(Peer):
 
     name, isolates = "cold python -c in the same jail", True
     program = (
-        f"{_ENTER}confine.isolate()\nconfine.landlock((*readable, '/dev/null'), ('/dev/null',))\n"
+        f"{_ENTER}confine.isolate()\n"
+        "rules = confine.rules((*readable, '/dev/null'), ('/dev/null',))\n"
+        "confine.restrict(confine.ruleset(rules))\n"
     )
 
     def __init__(self, tier: Tier) -> None:
@@ -206,10 +208,11 @@ class BareFork:
 
     program = f"""{_ENTER}
 import gc, time
+from shared.sandbox import pages
+kept = pages.reserve(zygote._OBJECTS)
 zygote._warm(json.loads(sys.argv[3]), sys.argv[4])
-gc.collect()
-zygote._gather_pages()
-confine.small_pages()
+del kept
+pages.gather()
 gc.collect()
 gc.freeze()
 print("ready", flush=True)
@@ -217,7 +220,7 @@ for line in sys.stdin:
     times = []
     for _ in range(int(line)):
         began = time.perf_counter()
-        pid = os.fork()
+        pid = zygote.fork()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)

@@ -1,14 +1,19 @@
-"""The inside of a session: states, each a process forked from the one that it stands on.
+"""The inside of a session: states, and the one process that goes from state to state.
 
-A state waits for a cell, forks, and the child runs it. A cell that succeeds becomes a state itself
-and waits in its turn; one that fails dies, and the state before it is as it was: rollback is exact.
-A session has no writable directory, so memory is all that there is to take back.
+A state that is asked for a cell first leaves a copy of itself behind: that is the state from then
+on. Then it runs the cell itself. If the cell succeeds it is the next state and waits in its turn;
+if it fails it dies, and the copy is as it was: rollback is exact. A session has no writable
+directory, so memory is all that there is to take back.
+
+It is not the copy that runs the cell, because a fork of a fork of a fork takes the kernel longer
+and longer (its anon_vma chains): at a depth of 30 five times as long.
 
 Contract with the zygote (hosted.py), at the other end of a state's socket:
 - The fork is made beside the state, not below it (CLONE_PARENT): every state is the zygote's own
   child, which alone sees how it ended, and no state is needed for another one to live.
 - A new process says hello and waits. Its pid cannot be anyone else's until the zygote, its parent,
-  has reaped it; only when the zygote holds a pidfd of it does it let it go on.
+  has reaped it. Only when the zygote holds a pidfd of the copy, and has stopped it, does it say
+  which cell is to be run: no copy ever knows.
 - A state that waits is stopped (SIGSTOP): whatever a cell left running in it does nothing.
 """
 
@@ -17,26 +22,26 @@ from __future__ import annotations
 import _thread
 import ctypes
 import os
-import random
 import resource
 import socket
 import sys
 import threading
 import types
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from shared.sandbox import child, confine, syscalls
 from shared.sandbox.packets import receive, send
+from shared.sandbox.result import Tier
 
 if TYPE_CHECKING:
-    from shared.sandbox.zygote import Jail
+    from shared.sandbox.jail import Jail
 
 _SOCKET = 4
 _CLONE = syscalls.GUARDED.get("clone", -1)
 _PR_GET_TID_ADDRESS = 40
 _libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: the fork needs it
 _libc.syscall.restype = ctypes.c_long
-_python = ctypes.pythonapi
 
 
 class ThreadsLeftError(RuntimeError):
@@ -56,24 +61,32 @@ def serve(jail: Jail, module: types.ModuleType) -> NoReturn:
         packet = receive(state)
         if not packet.fds:
             os._exit(0)
-        fds = packet.fds
-        code, out, err, facts, following = fds
-        draws = random.getstate()  # the fork reseeds `random`
-        try:
-            pid = _fork_beside(tid.value)
-        except OSError as error:
-            send(state, {"failed": str(error)})
-            pid = -1
-        if pid == 0:
-            state.close()
+        if len(packet.fds) == 1:
+            state = _leave_copy(jail, state, packet.fds[0], tid.value)
+        else:
+            state.detach()  # it is closed with all that cells have opened, which copies would share
+            _run_cell(module, packet.fds)
+            state = _own_socket()
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            send(state, {"kept": True, "memory": usage.ru_maxrss * 1024})
+
+
+def _leave_copy(jail: Jail, state: socket.socket, following: int, tid: int) -> socket.socket:
+    """The socket of the process that returns: in the copy it is `following`."""
+    try:
+        pid = _fork_beside(tid)
+    except OSError as error:
+        send(state, {"failed": str(error)})
+        pid = -1
+    if pid == 0:
+        state.close()
+        if jail.tier is not Tier.A:  # as in Jail.enter
             confine.die_with_parent(jail.zygote)
-            source = child.read_all(code)
-            child.arrange_descriptors(0, out, err, facts, following)
-            random.setstate(draws)
-            state = _run_cell(module, source)
-            continue
-        for fd in fds:
-            os.close(fd)
+        os.dup2(following, _SOCKET)
+        state = _own_socket()
+        send(state, {"hello": True})
+    os.close(following)
+    return state
 
 
 def _own_socket() -> socket.socket:
@@ -84,37 +97,31 @@ def _own_socket() -> socket.socket:
 def _fork_beside(tid: int) -> int:
     """As os.fork, but the child's parent is this process's parent. Raises OSError.
 
-    The hooks are those of os.fork. `tid` is where libc keeps the thread's id (0: unknown), so that
-    the child's libc knows its own. What os.fork does besides concerns other threads: none is left.
+    `tid` is where libc keeps the thread's id (0: unknown), so that the child's libc knows its own.
+    What os.fork does besides is for other threads: none is left (see `_join_threads`).
     """
     child_tid, tls = (tid, 0) if syscalls.MACHINE == "x86_64" else (0, tid)
-    flags = confine.FORK_BESIDE
-    _python.PyOS_BeforeFork()
     pointers = (None, None, ctypes.c_void_p(child_tid), ctypes.c_void_p(tls))
-    pid = int(_libc.syscall(_CLONE, ctypes.c_ulong(flags), *pointers))
-    if pid == 0:
-        _python.PyOS_AfterFork_Child()
-        return 0
-    _python.PyOS_AfterFork_Parent()
-    return confine.check(pid, "fork")
+    return confine.check(
+        int(_libc.syscall(_CLONE, ctypes.c_ulong(confine.FORK_BESIDE), *pointers)), "fork"
+    )
 
 
-def _run_cell(module: types.ModuleType, source: bytes) -> socket.socket:
-    """Returns the socket of the new state; a failed cell ends its process here."""
-    state = _own_socket()
-    send(state, {"hello": True})
-    if not receive(state).body:
-        os._exit(0)
+def _run_cell(module: types.ModuleType, fds: Sequence[int]) -> None:
+    """`fds`: code, stdout, stderr, facts. Returns in what is the next state; a failed cell ends its
+    process here."""
+    code, *streams = fds
+    source = child.read_all(code)
+    for target, fd in enumerate(streams, start=1):
+        os.dup2(fd, target, inheritable=target <= 2)
+    os.closerange(_SOCKET + 1, 1 << 16)
     os.write(child.FACTS, child.STARTED)
     status = child.run_source(module, source, child.FACTS, then=_join_threads)
     child.flush()
     if status:
         os._exit(status)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
     for fd in (1, 2, child.FACTS):
         os.dup2(0, fd)
-    send(state, {"kept": True, "memory": usage.ru_maxrss * 1024})
-    return state
 
 
 def _join_threads() -> None:

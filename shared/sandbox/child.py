@@ -7,55 +7,59 @@ read as a claim of the run about itself.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import contextlib
 import fcntl
 import io
 import json
 import linecache
+import logging
 import os
 import socket
 import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from shared.sandbox import cells, confine, fixed
+from shared.sandbox import cells, fixed
+from shared.sandbox.packets import receive
 from shared.sandbox.result import Tier
 
 if TYPE_CHECKING:
-    from shared.sandbox.zygote import Jail
+    from shared.sandbox.jail import Jail
 
 NAME = "<code>"
 FACTS = 3  # descriptor; 0 to 2 are the standard streams, 4 is a session's socket
 STARTED = b"R"  # first byte of the facts: the confinement holds, what follows is the model's own
 _MAX_FACTS = 48 << 10
+_LIFE = 24 * 3600  # RLIMIT_CPU of any one state; the cells' own timeouts are kept from outside
 
 
-def main(
-    jail: Jail, request: Mapping[str, Any], directory: Path | None, fds: Sequence[int]
-) -> NoReturn:
-    """`fds`: code (or a session's socket), stdout, stderr, facts. Never returns, whatever happens:
-    the caller's stack is the zygote's. An error before the model's code starts is told in place of
-    STARTED."""
-    leave, status, facts = os._exit, 70, fds[3]  # by names that model code does not reach
+def wait(jail: Jail, ruleset: int, sock: socket.socket) -> NoReturn:
+    """A run, from its fork to its end, forked before anybody has asked for it. On `sock` comes the
+    request, with code, stdout, stderr, facts. Never returns, whatever happens: the caller's stack
+    is the zygote's. An error before the model's code starts is told in place of STARTED."""
+    leave, status, facts = os._exit, 70, -1  # by names that model code does not reach
     try:
-        confine.die_with_parent(jail.zygote)
-        session = bool(request.get("session"))
-        source = b"" if session else read_all(fds[0])
-        null = os.open("/dev/null", os.O_RDWR)
-        arrange_descriptors(null, *fds[1:], *(fds[:1] if session else ()))
+        jail.enter(ruleset)
+        arrange_descriptors(0, 1, 2, sock.fileno())  # all others are the zygote's
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=os.dup(3))
+        rehearse()
+        packet = receive(sock)
+        if not packet.fds:
+            leave(0)  # not needed any more
+        code, out, err, facts = packet.fds
+        request, source = packet.json(), read_all(code)
+        arrange_descriptors(0, out, err, facts)
         facts = FACTS
-        _open_streams()
-        jail.enter(directory, request["cpu"], session=session)
         fixed.seed(request["seed"])
-        module = types.ModuleType("__main__")
-        sys.modules["__main__"] = module
-        if session:
-            cells.serve(jail, module)
+        jail.lock(request["cpu"], session=False)
+        sys.modules["__main__"] = module = types.ModuleType("__main__")
         os.write(facts, STARTED)
         status = _execute(module, source)
     except BaseException as error:  # noqa: BLE001  last resort of a process that must not go on
@@ -64,14 +68,52 @@ def main(
         leave(status)
 
 
+def host(jail: Jail, ruleset: int, seed: int, sock: socket.socket) -> NoReturn:
+    """State 0 of a session, from its fork on; `sock` is where it is told what to do."""
+    leave = os._exit
+    try:
+        jail.enter(ruleset)
+        arrange_descriptors(0, 0, 0, 0, sock.fileno())
+        fixed.seed(seed)
+        jail.lock(_LIFE, session=True)
+        sys.modules["__main__"] = module = types.ModuleType("__main__")
+        cells.serve(jail, module)
+    finally:
+        leave(70)
+
+
+def rehearse() -> None:
+    """Do what every run does, to no effect. A page that is written is copied then, and that takes
+    more time than all else: better while nobody waits."""
+    fixed.seed(0)
+    run_source(types.ModuleType("__main__"), b"print(0)", 2)
+    flush()
+
+
 def _execute(module: types.ModuleType, source: bytes) -> int:
     """Run a whole program in `module`, and end it as an interpreter would. Its exit status."""
     status = run_source(module, source, FACTS)
     with contextlib.suppress(BaseException):  # what exit handlers raise changes nothing
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at exit
-        atexit._run_exitfuncs()
+        if _work_at_exit() != _NO_WORK:
+            threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at exit
+            atexit._run_exitfuncs()
     flush()
     return status
+
+
+_NO_WORK: list[int] = []  # `_work_at_exit` of a zygote: then its runs need not go through all of it
+
+
+def _work_at_exit() -> list[int]:
+    """Numbers that change with every thread, exit handler, finaliser and log that code adds."""
+    return [
+        _thread._count(),
+        len(threading._shutdown_locks),  # type: ignore[attr-defined]
+        len(threading._threading_atexits),  # type: ignore[attr-defined]
+        atexit._ncallbacks(),
+        len(weakref.finalize._registry),  # type: ignore[attr-defined]
+        len(logging._handlerList),  # type: ignore[attr-defined]
+    ]
 
 
 def run_source(
@@ -147,17 +189,42 @@ def arrange_descriptors(*fds: int) -> None:
     os.closerange(len(fds), 1 << 16)
 
 
+# ---- in the zygote, for all runs ----------------------------------------------------------------
+
+
+def arrange_standard() -> None:
+    """Standard input is /dev/null, of the jail and not of the host."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def prepare() -> None:
+    """Once all is imported: what runs would otherwise do each."""
+    _open_streams()
+    _NO_WORK[:] = _work_at_exit()
+    rehearse()
+
+
 def _open_streams() -> None:
     """Text streams on 0, 1 and 2. What cannot be encoded is written as an escape, never an error;
     lines are passed on at once, so that a run that is killed keeps what it printed."""
+    source, sink = os.pipe()  # as a run's will be: a stream remembers whether it can be rewound
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     for name, fd in (("stdout", 1), ("stderr", 2)):
+        before = os.dup(fd)
+        os.dup2(sink, fd)
         raw = io.FileIO(fd, "w", closefd=False)
         stream = io.TextIOWrapper(
             io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
         )
+        stream.seekable()
+        os.dup2(before, fd)
+        os.close(before)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    os.close(source)
+    os.close(sink)
 
 
 # ---- the self-check of a tier -------------------------------------------------------------------
@@ -175,11 +242,11 @@ FORBIDDEN = {
 }
 
 
-def try_forbidden(jail: Jail, directory: Path | None, *, session: bool) -> int:
+def try_forbidden(jail: Jail, ruleset: int, directory: Path | None, *, session: bool) -> int:
     """Confine this process, then try to break out. Returns 0 or a key of FORBIDDEN."""
-    inside = directory if not session else None
     try:
-        jail.enter(inside, 10, session=session)
+        jail.enter(ruleset)
+        jail.lock(10, session=session)
     except OSError as error:
         os.write(2, f"{error}\n".encode())
         return 17
@@ -202,7 +269,7 @@ def try_forbidden(jail: Jail, directory: Path | None, *, session: bool) -> int:
         except OSError:
             continue
         return number
-    if inside is not None:
+    if directory is not None and not session:
         try:
             _create(Path("inside"))
         except OSError:

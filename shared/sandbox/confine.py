@@ -53,20 +53,15 @@ def drop_capabilities() -> None:
     check(libc.capset(header, bytes(24)), "capset")
 
 
-def limit(memory: int, file_size: int, open_files: int, cpu: int) -> None:
-    """Hard rlimits. `memory` is the whole address space, bytes; `cpu` whole seconds."""
-    for which, value in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_FSIZE, file_size),
-        (resource.RLIMIT_NOFILE, open_files),
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_MSGQUEUE, 0),
-    ):
-        _, hard = resource.getrlimit(which)
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(which, (value, value))
+def allowed(which: int, value: int) -> int:
+    """`value` for an rlimit, or less where the host allows less."""
+    _, hard = resource.getrlimit(which)
+    return value if hard == resource.RLIM_INFINITY else min(value, hard)
+
+
+def limit(which: int, value: int) -> None:
+    """A hard rlimit."""
+    resource.setrlimit(which, (value, value))
 
 
 def isolate() -> None:
@@ -91,32 +86,44 @@ def landlock_abi() -> int:
     return max(0, int(libc.syscall(444, None, ctypes.c_size_t(0), 1)))
 
 
-def landlock(readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Only `readable` may be read and only `writable` written; no TCP (ABI 4), no signals and no
-    abstract sockets outwards (ABI 6). Paths that do not exist are skipped."""
-    abi = landlock_abi()
-    handled = (1 << _FS_RIGHTS.get(abi, 16)) - 1
-    truncate = _TRUNCATE if abi >= TRUNCATE_ABI else 0
-    attributes = struct.pack("=Q", handled)
-    if abi >= 4:
-        attributes += struct.pack("=Q", 3)  # bind and connect
-    if abi >= 6:
-        attributes += struct.pack("=Q", 3)  # abstract unix sockets, signals
-    ruleset = check(
-        libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock ruleset"
-    )
+Rule = tuple[int, int]  # rights, and a descriptor of the path that has them
+
+
+def rules(readable: Iterable[str], writable: Iterable[str] = ()) -> list[Rule]:
+    """What `ruleset` takes. Paths that do not exist are skipped."""
+    truncate = _TRUNCATE if landlock_abi() >= TRUNCATE_ABI else 0
+    found = []
     for paths, rights in ((readable, _READ), (writable, _READ | _WRITE | truncate)):
         for path in paths:
             try:
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-            granted = rights if os.path.isdir(path) else rights & _FILE_ONLY  # noqa: PTH112
-            rule = struct.pack("=Qi", granted, fd)
-            check(libc.syscall(445, ruleset, 1, rule, 0), f"landlock rule {path}")
-            os.close(fd)
+            found.append((rights if os.path.isdir(path) else rights & _FILE_ONLY, fd))  # noqa: PTH112
+    return found
+
+
+def ruleset(rules: Iterable[Rule]) -> int:
+    """A descriptor for `restrict`: what has a rule may be used so, and nothing else; no TCP
+    (ABI 4), no signals and no abstract sockets outwards (ABI 6)."""
+    abi = landlock_abi()
+    attributes = struct.pack("=Q", (1 << _FS_RIGHTS.get(abi, 16)) - 1)
+    if abi >= 4:
+        attributes += struct.pack("=Q", 3)  # bind and connect
+    if abi >= 6:
+        attributes += struct.pack("=Q", 3)  # abstract unix sockets, signals
+    made = check(
+        libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock ruleset"
+    )
+    os.set_inheritable(made, False)
+    for rights, fd in rules:
+        check(libc.syscall(445, made, 1, struct.pack("=Qi", rights, fd), 0), "landlock rule")
+    return made
+
+
+def restrict(ruleset: int) -> None:
+    """Landlock, for this process and for good. After `isolate`."""
     check(libc.syscall(446, ruleset, 0), "landlock restrict")
-    os.close(ruleset)
 
 
 # ---- seccomp: hand-assembled classic BPF ---------------------------------------------------------
@@ -132,8 +139,10 @@ FORK_BESIDE = CLONE_PARENT | CLONE_TID | signal.SIGCHLD  # the one fork that a s
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FION* FIO*CLEX
 _FCNTLS = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_?ETFD, F_?ETFL, F_DUPFD_CLOEXEC: no locks, no leases
 _CHANGES = 0o1 | 0o2 | 0o100 | 0o1000  # O_WRONLY, O_RDWR (O_TMPFILE has it), O_CREAT, O_TRUNC
+_OWN_PID = 0xFFFF_FFF0  # no pid, and no other number of a filter: in its place comes the real one
 
 _Instruction = tuple[int, int, int, int]
+_Body = list[_Instruction]  # of one system call: returns, and jumps only inside itself
 
 
 def _argument(index: int) -> int:
@@ -144,78 +153,101 @@ def _ret(value: int) -> _Instruction:
     return (_RETURN, 0, 0, value)
 
 
-def _block(name: str, *body: _Instruction) -> list[_Instruction]:
-    """`body` for the call `name`, which must return; every jump stays inside its block."""
-    return [(_EQUAL, 0, len(body), syscalls.GUARDED[name]), *body]
-
-
-def _one_of(name: str, argument: int, values: tuple[int, ...]) -> list[_Instruction]:
+def _one_of(argument: int, values: tuple[int, ...]) -> _Body:
     tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
-    return _block(name, (_LOAD, 0, 0, _argument(argument)), *tests, _ret(_EPERM), _ret(_ALLOW))
+    return [(_LOAD, 0, 0, _argument(argument)), *tests, _ret(_EPERM), _ret(_ALLOW)]
 
 
-def _program(forks: bool, writes: bool) -> list[_Instruction]:
-    program: list[_Instruction] = [
+def _guarded(forks: bool, writes: bool) -> dict[str, _Body]:
+    """Calls whose arguments decide."""
+    bodies = {
+        "clone3": [_ret(_ENOSYS)],  # flags lie in memory; libc falls back to clone
+        "clone": [
+            (_LOAD, 0, 0, _argument(0)),
+            (_ANY_BIT, 4, 0, _CLONE_NEW),
+            (_EQUAL, 2, 0, FORK_BESIDE if forks else _CLONE_NEW),  # the latter was refused above
+            (_ANY_BIT, 0, 2, _CLONE_THREAD),
+            (_ANY_BIT, 0, 1, _CLONE_VM),
+            _ret(_ALLOW),  # as far as this filter goes; `supervise` has counted it
+            _ret(_EPERM),
+        ],
+        "ioctl": _one_of(1, _IOCTLS),
+        "fcntl": _one_of(1, _FCNTLS),
+        "prlimit64": _one_of(0, (0, _OWN_PID)),
+    }
+    for name, argument in (("open", 1), ("openat", 2)):
+        test = (_ANY_BIT, 0, 1, 0 if writes else _CHANGES)
+        bodies[name] = [(_LOAD, 0, 0, _argument(argument)), test, _ret(_EROFS), _ret(_ALLOW)]
+    if not forks:
+        bodies["prctl"] = _one_of(0, (_PR_SET_NAME, _PR_GET_NAME))
+        bodies["tgkill"] = _one_of(0, (_OWN_PID,))  # abort() and raise()
+        return bodies
+    bodies["prctl"] = [
+        (_LOAD, 0, 0, _argument(0)),
+        (_EQUAL, 0, 2, _PR_SET_PDEATHSIG),  # to set it, never to clear it
+        (_LOAD, 0, 0, _argument(1)),
+        (_EQUAL, 3, 2, signal.SIGKILL),
+        (_EQUAL, 2, 0, _PR_SET_NAME),
+        (_EQUAL, 1, 0, _PR_GET_NAME),
+        _ret(_EPERM),
+        _ret(_ALLOW),
+    ]
+    return bodies | {"sendmsg": [_ret(_ALLOW)], "recvmsg": [_ret(_ALLOW)]}
+
+
+def _program(forks: bool, writes: bool) -> _Body:
+    """Every call of the tables by its body, and all others refused: those of x32, which has the
+    same architecture and numbers from 1 << 30 on, among them."""
+    allowed = syscalls.ALLOWED | (syscalls.CHANGING if writes else {})
+    bodies = {number: [_ret(_ALLOW)] for number in allowed.values()}
+    for name, body in _guarded(forks, writes).items():
+        if name in syscalls.GUARDED:  # by this architecture
+            bodies[syscalls.GUARDED[name]] = body
+    refused = [_ret(_EPERM)]
+    steps = [(0, bodies.get(0, refused))]
+    for number in range(1, max(bodies) + 2):
+        body = bodies.get(number, refused)
+        if body != steps[-1][1]:
+            steps.append((number, body))
+    return [
         (_LOAD, 0, 0, _ARCH),
         (_EQUAL, 1, 0, syscalls.AUDIT_ARCH),
         _ret(_KILL),
         (_LOAD, 0, 0, _NR),
+        *_search(steps),
     ]
-    if syscalls.MACHINE == "x86_64":  # the x32 calls have other numbers and the same arch
-        program += [(_GREATER_EQUAL, 0, 1, 0x40000000), _ret(_EPERM)]
-    program += _block("clone3", _ret(_ENOSYS))  # flags lie in memory; libc falls back to clone
-    program += _block(
-        "clone",
-        (_LOAD, 0, 0, _argument(0)),
-        (_ANY_BIT, 4, 0, _CLONE_NEW),
-        (_EQUAL, 2, 0, FORK_BESIDE if forks else _CLONE_NEW),  # the latter was refused above
-        (_ANY_BIT, 0, 2, _CLONE_THREAD),
-        (_ANY_BIT, 0, 1, _CLONE_VM),
-        _ret(_ALLOW),  # as far as this filter goes; `supervise` has counted it
-        _ret(_EPERM),
-    )
-    program += _one_of("ioctl", 1, _IOCTLS)
-    program += _one_of("fcntl", 1, _FCNTLS)
-    program += _one_of("prlimit64", 0, (0, os.getpid()))
-    for name, argument in (("open", 1), ("openat", 2)):
-        if name in syscalls.GUARDED:
-            test = (_ANY_BIT, 0, 1, 0 if writes else _CHANGES)
-            program += _block(
-                name, (_LOAD, 0, 0, _argument(argument)), test, _ret(_EROFS), _ret(_ALLOW)
-            )
-    if forks:
-        program += _block(
-            "prctl",
-            (_LOAD, 0, 0, _argument(0)),
-            (_EQUAL, 0, 2, _PR_SET_PDEATHSIG),  # to set it, never to clear it
-            (_LOAD, 0, 0, _argument(1)),
-            (_EQUAL, 3, 2, signal.SIGKILL),
-            (_EQUAL, 2, 0, _PR_SET_NAME),
-            (_EQUAL, 1, 0, _PR_GET_NAME),
-            _ret(_EPERM),
-            _ret(_ALLOW),
-        )
-        for name in ("sendmsg", "recvmsg"):
-            program += _block(name, _ret(_ALLOW))
-    else:
-        program += _one_of("prctl", 0, (_PR_SET_NAME, _PR_GET_NAME))
-        program += _one_of("tgkill", 0, (os.getpid(),))  # abort() and raise()
-    allowed = sorted((syscalls.ALLOWED | (syscalls.CHANGING if writes else {})).values())
-    tests = [(_EQUAL, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
-    return [*program, *tests, _ret(_EPERM), _ret(_ALLOW)]
 
 
-def _install(program: list[_Instruction], flags: int) -> int:
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    fprog = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+def _search(steps: list[tuple[int, _Body]]) -> _Body:
+    """The body of the last step that is not above the number, by halves: the kernel walks through
+    a new filter once for every call there is, so its depth is what it costs to install."""
+    if len(steps) == 1:
+        return steps[0][1]
+    middle = len(steps) // 2
+    below, above = _search(steps[:middle]), _search(steps[middle:])
+    return [(_GREATER_EQUAL, len(below), 0, steps[middle][0]), *below, *above]
+
+
+def _assemble(program: _Body) -> bytes:
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _install(program: bytes, flags: int) -> int:
+    buffer = ctypes.create_string_buffer(program, len(program))
+    fprog = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
     return check(libc.syscall(syscalls.SECCOMP, 1, flags, fprog), "seccomp")
 
 
-def seccomp(*, forks: bool, writes: bool) -> None:
-    """Only the calls of `syscalls` from here on. `forks`: a session may fork; `writes`: files may
-    be opened for writing and changed, as far as other walls let it."""
-    _install(_program(forks, writes), 0)
+def call_filter(*, forks: bool, writes: bool) -> bytes:
+    """For `filter_calls`: only the calls of `syscalls`. `forks`: a session may fork; `writes`:
+    files may be opened for writing and changed, as far as other walls let it."""
+    return _assemble(_program(forks, writes))
+
+
+def filter_calls(program: bytes) -> None:
+    """Seccomp, for this process and for good. After `isolate`."""
+    own = struct.pack("=I", os.getpid())
+    _install(program.replace(struct.pack("=I", _OWN_PID), own), 0)
 
 
 def supervise() -> int:
@@ -232,7 +264,7 @@ def supervise() -> int:
         _ret(_NOTIFY),
         _ret(_ALLOW),
     ]
-    listener = _install(program, 1 << 3)  # SECCOMP_FILTER_FLAG_NEW_LISTENER
+    listener = _install(_assemble(program), 1 << 3)  # SECCOMP_FILTER_FLAG_NEW_LISTENER
     os.set_inheritable(listener, False)
     return listener
 

@@ -24,14 +24,15 @@ EPOCH = 1_735_689_600  # 2025-01-01T00:00:00Z
 _LOOK = 1000  # nanoseconds
 
 _entropy = random.Random()
+_unseeded: str | None = None  # what `_entropy` begins with, until something is drawn from it
 _now = EPOCH * 10**9  # nanoseconds
 
 
 def seed(value: int) -> None:
     """Give every source of chance the run's own seed, and set the clock back."""
-    global _now
+    global _now, _unseeded
     _now = EPOCH * 10**9
-    _entropy.seed(f"entropy {value}")
+    _unseeded = f"entropy {value}"
     random.seed(value)  # a fork reseeds `random` from the kernel
     if (numpy := sys.modules.get("numpy")) is not None:  # and leaves numpy's as it was
         numpy.random.seed(value % (1 << 32))
@@ -48,6 +49,10 @@ def install() -> None:
 
 def _urandom(size: int, /) -> bytes:
     """As os.urandom."""
+    global _unseeded
+    if _unseeded is not None:
+        text, _unseeded = _unseeded, None
+        _entropy.seed(text)
     return _entropy.randbytes(size)
 
 

@@ -3,9 +3,10 @@
 The owner asks on the session's channel: {"cell": number, "on": number} with [code, stdout, stderr,
 facts, status] makes the state `number` from the state `on`; {"drop": [numbers]} forgets states; the
 end of the channel ends the session. Answers about a cell go to its status socket: {"started"} with
-a pidfd, then {"status"} of a cell that died, {"kept"} of one that became a state, {"gone"} where
-the state to start from is not there any more, {"broken"} where the session's own processes do not
-keep to the protocol of cells.py, which only hostile code can bring about: that ends the session.
+a pidfd and the CPU seconds that its process has used before, then {"status"} of a cell that died,
+{"kept"} of one that became a state, {"gone"} where the state to start from is not there any more,
+{"broken"} where the session's own processes do not keep to the protocol of cells.py, which only
+hostile code can bring about: that ends the session.
 
 All processes of a session are in one process group, so that one kill reaches those too that never
 said hello. States that wait are stopped.
@@ -23,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from shared.sandbox.children import Child, ended_facts
 from shared.sandbox.packets import Packet, pair, receive, send, tell
+from shared.sandbox.result import Tier
 
 if TYPE_CHECKING:
     from shared.sandbox.zygote import Zygote
 
-_LIFE = 24 * 3600  # RLIMIT_CPU of any one state; the cells' own timeouts are kept from outside
 _SANE = 1 << 40  # bytes
 
 
@@ -39,14 +40,23 @@ class _State:
 
 @dataclass(eq=False)
 class _Cell:
-    """Under way: granted its fork, then `process` once it has said hello."""
+    """Under way in `runner`, which was the state `on`: it is granted its fork, the copy says hello
+    on `copy` and is that state, and then the cell is `told` what `fds` (code, stdout, stderr,
+    facts) say."""
 
     number: int
-    parent: _State
-    sock: socket.socket
+    on: int
+    runner: _State
+    copy: socket.socket
     status: socket.socket
+    fds: list[int]
     forked: bool = False
-    process: Child | None = None
+    told: bool = False
+
+    def close_fds(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
 
 
 class HostedSession:
@@ -60,10 +70,8 @@ class HostedSession:
         self._ending = False
         zygote.sessions.add(self)
         sock, theirs = pair()
-        null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            request = {**packet.json(), "cpu": _LIFE}
-            pid = zygote.fork(request, None, [theirs.fileno(), null, null, null])
+            pid = zygote.fork_session(packet.json()["seed"], theirs)
             process = self._adopt(pid)
             os.setpgid(pid, pid)  # before it has run a cell; all that it forks stays in this group
             self._group = pid
@@ -73,7 +81,6 @@ class HostedSession:
             self._end()
             return
         finally:
-            os.close(null)
             theirs.close()
         process.running = False
         self._states[0] = _State(process, sock)
@@ -81,9 +88,9 @@ class HostedSession:
         zygote.watch(self._channel.fileno(), self._asked)
 
     def may_fork(self, pid: int) -> bool:
-        """Does a state with this pid wait for the fork of its cell? Says so once."""
+        """Does a state with this pid wait for its fork? Says so once."""
         cell = self._cell
-        if cell is None or cell.forked or cell.parent.process.pid != pid:
+        if cell is None or cell.forked or cell.runner.process.pid != pid:
             return False
         cell.forked = True
         return True
@@ -106,24 +113,26 @@ class HostedSession:
     def _start(self, body: dict[str, Any], fds: list[int]) -> None:
         *given, status_fd = fds
         status = socket.socket(fileno=status_fd)
-        parent = self._states.get(body["on"])
-        if parent is None:
+        runner = self._states.get(body["on"])
+        if runner is None:
             tell(status, {"gone": body["on"]})
             status.close()
-        else:
-            sock, theirs = pair()
-            self._cell = _Cell(body["cell"], parent, sock, status)
-            self._zygote.watch(sock.fileno(), self._heard)
-            parent.process.signal(signal.SIGCONT)
-            try:
-                parent.sock.setblocking(False)  # hostile code may have filled it
-                send(parent.sock, {"cell": True}, [*given, theirs.fileno()])
-            except OSError as error:
-                self._broken(str(error))
-            finally:
-                theirs.close()
-        for fd in given:
-            os.close(fd)
+            for fd in given:
+                os.close(fd)
+            return
+        copy, theirs = pair()
+        self._cell = _Cell(body["cell"], body["on"], runner, copy, status, given)
+        self._cell.forked = self._zygote.jail.tier is Tier.D  # where nobody is asked
+        self._zygote.watch(copy.fileno(), self._copied)
+        self._zygote.watch(runner.sock.fileno(), self._heard)
+        runner.process.signal(signal.SIGCONT)
+        try:
+            runner.sock.setblocking(False)  # hostile code may have filled it
+            send(runner.sock, {"copy": True}, [theirs.fileno()])
+        except OSError as error:
+            self._broken(str(error))
+        finally:
+            theirs.close()
 
     # ---- the states' side ------------------------------------------------------------------------
 
@@ -139,39 +148,56 @@ class HostedSession:
             tell(self._channel, {"failed": "a session's first process ended before it was ready"})
             self._end()
 
-    def _heard(self) -> None:
-        """The cell's process says hello, and then that it is a state. Nothing else is heard."""
+    def _copied(self) -> None:
+        """The copy says hello: it is the state now, and the cell may begin."""
         cell = self._cell
         assert cell is not None
-        packet = receive(cell.sock)
+        packet = receive(cell.copy)
+        packet.close()
+        self._zygote.unwatch(cell.copy.fileno())
+        try:
+            if "hello" not in packet.json() or not cell.forked:
+                raise ValueError
+        except ValueError:
+            what = "talks nonsense" if packet.body else "ended before it began"
+            self._broken(f"a process of the session {what}")
+            return
+        runner = cell.runner.process
+        try:
+            process = self._adopt(packet.sender or 0)
+            if os.getpgid(process.pid) != self._group:
+                raise ChildProcessError("a process of another group")
+        except OSError as error:
+            self._broken(str(error))
+            return
+        process.signal(signal.SIGSTOP)
+        process.running = False
+        self._states[cell.on] = _State(process, cell.copy)
+        runner.running, runner.threads, cell.told = True, 0, True
+        tell(cell.status, {"started": runner.pid, "cpu": runner.cpu()}, [runner.pidfd])
+        with contextlib.suppress(OSError):  # killed already: its end will be seen
+            send(cell.runner.sock, {"cell": True}, cell.fds)
+        cell.close_fds()
+
+    def _heard(self) -> None:
+        """The runner says that it could not fork, or that it is the next state. Nothing else."""
+        cell = self._cell
+        assert cell is not None
+        packet = receive(cell.runner.sock)
         packet.close()
         if not packet.body:
-            if cell.process is None:
-                self._broken("a cell ended before it began")
-            else:
-                self._zygote.unwatch(cell.sock.fileno())  # its end will be seen
+            self._zygote.unwatch(cell.runner.sock.fileno())  # its end will be seen
             return
         try:
             body = packet.json()
         except ValueError:
             body = {}
-        if cell.process is None and "hello" in body and cell.forked:
-            try:
-                cell.process = self._adopt(packet.sender or 0)
-                if os.getpgid(cell.process.pid) != self._group:
-                    raise ChildProcessError("a process of another group")
-            except OSError as error:
-                self._broken(str(error))
-                return
-            cell.parent.process.signal(signal.SIGSTOP)
-            tell(cell.status, {"started": cell.process.pid}, [cell.process.pidfd])
-            with contextlib.suppress(OSError):  # killed already: its end will be seen
-                send(cell.sock, {"go": True})
-        elif cell.process is not None and "kept" in body:
-            cell.process.signal(signal.SIGSTOP)
-            cell.process.running = False
-            self._zygote.unwatch(cell.sock.fileno())
-            self._states[cell.number] = _State(cell.process, cell.sock)
+        if cell.told and "kept" in body:
+            runner = cell.runner.process
+            runner.signal(signal.SIGSTOP)
+            runner.running = False
+            self._zygote.unwatch(cell.runner.sock.fileno())
+            self._states[cell.number] = cell.runner
             self._cell = None
             memory = body.get("memory")  # its own claim
             sane = type(memory) is int and 0 <= memory < _SANE
@@ -197,13 +223,14 @@ class HostedSession:
             if state.process is process:
                 self._close(self._states.pop(number).sock)
         cell = self._cell
-        if cell is not None and cell.process is process:
-            self._cell = None
-            self._close(cell.sock)
-            tell(cell.status, ended_facts(status, usage))
-            cell.status.close()
-        elif cell is not None and cell.process is None and cell.parent.process is process:
-            self._broken("the state before the cell ended")
+        if cell is not None and cell.runner.process is process:
+            if cell.told:
+                self._cell = None
+                self._close(cell.runner.sock)
+                tell(cell.status, ended_facts(status, usage))
+                cell.status.close()
+            else:
+                self._broken("the state before the cell ended")
         if self._ending and not self._alive:
             self._bury()
 
@@ -219,9 +246,11 @@ class HostedSession:
             return
         self._ending = True
         self._zygote.unwatch(self._channel.fileno())
-        if self._cell is not None:
-            self._close(self._cell.sock)
-            self._cell.status.close()
+        if (cell := self._cell) is not None:
+            self._close(cell.runner.sock)
+            self._close(cell.copy)
+            cell.status.close()
+            cell.close_fds()
             self._cell = None
         for process in self._alive:
             process.signal(signal.SIGKILL)

@@ -40,8 +40,13 @@ class Packet:
 
 
 def send(to: socket.socket, body: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
+    pass_on(to, json.dumps(body).encode(), fds)
+
+
+def pass_on(to: socket.socket, body: bytes, fds: Sequence[int]) -> None:
+    """`send` what was received as it is."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    to.sendmsg([json.dumps(body).encode()], rights)
+    to.sendmsg([body], rights)
 
 
 def tell(to: socket.socket, body: Mapping[str, Any], fds: Sequence[int] = ()) -> None:

@@ -240,7 +240,10 @@ class Session:
         on = self._cells[depth - 1].state if depth else 0
         body: dict[str, object] = {"cell": number, "on": on}
         try:
-            with sandbox.a_zygote(host.zygote), Watch(sandbox.limits, timeout, cancel.fd) as watch:
+            with (
+                sandbox.a_zygote(host.zygote),
+                Watch(sandbox.limits, timeout, cancel.fd, ours=not depth) as watch,
+            ):
                 with host.ask(body, code, watch) as status:
                     end = watch.until_end(status)
                 host.zygote.note(end)

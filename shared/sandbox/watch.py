@@ -101,15 +101,23 @@ class Process:
         except OSError:
             return 0.0
 
-    def held(self) -> int:
-        """Bytes of memory that are its own and not its parent's, at most: each began with a fault
-        (there are no huge pages in the jail) and is anonymous. Read from outside: it cannot lie."""
+    def faults(self) -> int:
+        """Pages that it has come by, and not by its fork; 0 when it has ended."""
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            _, resident, shared = Path(f"/proc/{self.pid}/statm").read_text().split()[:3]
-        except OSError:  # ended, or a /proc that hides it
+        except OSError:  # or a /proc that hides it
             return 0
-        return min(int(fields[7]), int(resident) - int(shared)) * _PAGE  # minflt
+        return int(fields[7])  # minflt
+
+    def held(self, before: int) -> int:
+        """Bytes of memory that it does not share with what it was when it had `before` faults, at
+        most: each began with a fault (there are no huge pages in the jail) and is anonymous. Read
+        from outside: it cannot lie."""
+        try:
+            _, resident, shared = Path(f"/proc/{self.pid}/statm").read_text().split()[:3]
+        except OSError:
+            return 0
+        return max(0, min(self.faults() - before, int(resident) - int(shared))) * _PAGE
 
     def kill(self) -> bool:
         """False where it has been reaped already."""
@@ -178,9 +186,12 @@ class Watch:
     limits: Limits
     timeout: float
     cancel: int  # an eventfd; readable means: give up
+    ours: bool = True  # what is asked to start it is our own; False: a session's, which may not
     end: End | None = None
     process: Process | None = None
     killed: Ended | None = None
+    _used: float = 0.0  # CPU seconds, and page faults, of the process before it began with this
+    _faults: int = 0
     _began: float = field(default_factory=time.monotonic)
     _killed_at: float = 0.0
 
@@ -247,13 +258,15 @@ class Watch:
         body = packet.json()
         if "started" in body:
             self.process, self._began = Process.from_pidfd(packet.fds[0]), time.monotonic()
+            self._used, self._faults = body.get("cpu", 0.0), self.process.faults()
             if self.killed is not None:
                 self.process.kill()
         elif "status" in body:
-            self.end = End(body["status"], body["cpu"], body["memory"], zygote=body["zygote"])
+            cpu = body["cpu"] - self._used
+            self.end = End(body["status"], cpu, body["memory"], zygote=body["zygote"])
         elif "kept" in body:
             assert self.process is not None
-            cpu, held = self.process.cpu(), self.process.held()
+            cpu, held = self._cpu(), self.process.held(self._faults)
             self.end = End(0, cpu, body["memory"], kept=self.killed is None, held=held)
         elif "broken" in body:
             raise BrokenError(body["broken"])
@@ -261,6 +274,10 @@ class Watch:
             raise GoneError("the state is gone")
         else:
             raise LostError(body.get("failed", "the zygote talks nonsense"))
+
+    def _cpu(self) -> float:
+        assert self.process is not None
+        return max(0.0, self.process.cpu() - self._used)
 
     def _read(self, pipe: Pipe) -> None:
         if not pipe.read():
@@ -280,7 +297,7 @@ class Watch:
         if self.process is None or self.killed is not None:
             return 0.5
         wall = self.limits.wall(self.timeout) - (time.monotonic() - self._began)
-        return max(0.001, min(self.timeout - self.process.cpu(), wall))
+        return max(0.001, min(self.timeout - self._cpu(), wall))
 
     def _police(self) -> None:
         now = time.monotonic()
@@ -288,13 +305,12 @@ class Watch:
             return
         if self.process is None:
             if now - self._began > _STARTUP:
-                raise LostError(f"no process was started within {_STARTUP:.0f} s")
+                error = LostError if self.ours else BrokenError
+                raise error(f"no process was started within {_STARTUP:.0f} s")
         elif self.killed is not None:
             if now - self._killed_at > _STARTUP:
                 raise LostError(f"a killed process was not reaped within {_STARTUP:.0f} s")
-        elif self.process.cpu() >= self.timeout or now - self._began >= self.limits.wall(
-            self.timeout
-        ):
+        elif self._cpu() >= self.timeout or now - self._began >= self.limits.wall(self.timeout):
             self.kill(Ended.TIMEOUT)
 
     # ---- judging ---------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ Contract:
 - A request on the control socket is one packet: JSON plus descriptors. A run has [code, stdout,
   stderr, facts, status] and its answers go to its own status socket: {"started"} with a pidfd, then
   {"status", usage}. A session has [channel], on which its cells are asked for (hosted.py).
+- One child is always there for the run that comes next: forked, confined, and as far as it can be
+  without knowing the code. A run therefore waits for no fork.
 - Every process of the jail is its child, and is known by a pidfd until it is reaped here.
 - When its owner dies or closes the control socket it kills every child and exits.
 """
@@ -17,7 +19,6 @@ import ctypes
 import gc
 import importlib
 import json
-import mmap
 import os
 import resource
 import select
@@ -32,43 +33,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.sandbox import child, confine, fixed, namespaces
+from shared.sandbox import child, confine, fixed, namespaces, pages
 from shared.sandbox.children import Child, ended_facts, peak
 from shared.sandbox.hosted import HostedSession
-from shared.sandbox.packets import SIZE, Packet, receive, tell
+from shared.sandbox.jail import Jail, Room, Rooms
+from shared.sandbox.packets import SIZE, Packet, pass_on, receive, tell
 from shared.sandbox.result import Tier
 from shared.sandbox.trees import remove_tree
 
+_libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock
 _ADDR_NO_RANDOMIZE = 0x0040000
-_HUGE = 21  # a huge page is 1 << 21 bytes
+_OBJECTS = 48 << 20  # bytes that what is preloaded may take, less what is no small object
 _DESCRIPTORS = 1 << 16  # that the zygote itself may hold, where the host lets it
 
 
-@dataclass(frozen=True)
-class Jail:
-    """What every child of this zygote is confined by."""
+@dataclass(eq=False)
+class _Spare:
+    """A child that waits for its run; `sock` is our end of where it is told."""
 
-    tier: Tier
-    zygote: int  # its pid, as its children see it
-    readable: tuple[str, ...]
-    scratch: Path | None  # where a run's own directory is made; None: it has none
-    memory: int  # RLIMIT_AS of a child
-    file_size: int
-    open_files: int
-
-    def enter(self, directory: Path | None, cpu: int, *, session: bool) -> None:
-        """Confine the calling process for good; `directory` is its own and the only writable."""
-        os.chdir(directory or "/")
-        confine.limit(self.memory, self.file_size, self.open_files, cpu)
-        if self.tier is Tier.D:
-            return
-        confine.isolate()
-        landlocked = self.tier in (Tier.A, Tier.B)
-        if landlocked:
-            writable = [str(directory)] if directory else []
-            confine.landlock((*self.readable, "/dev/null"), (*writable, "/dev/null"))
-        minded = landlocked and confine.landlock_abi() >= confine.TRUNCATE_ABI
-        confine.seccomp(forks=session, writes=minded or self.tier is Tier.A)
+    process: Child
+    sock: socket.socket
+    room: Room
 
 
 def main() -> None:
@@ -111,20 +96,20 @@ class Zygote:
         elif tier is Tier.D:
             scratch = Path(tempfile.mkdtemp(prefix="tirgen-sandbox-"))
         confine.drop_capabilities()
+        child.arrange_standard()
+        kept = pages.reserve(_OBJECTS)
         _warm(config["preload"], config["warmup"])
+        del kept
         fixed.install()
-        gc.collect()
-        _gather_pages()
-        confine.small_pages()
-        self.jail = Jail(
-            tier=tier,
-            zygote=os.getpid(),
-            readable=tuple(readable),
-            scratch=scratch,
-            memory=_address_space() + limits["memory"],
-            file_size=limits["file_size"],
-            open_files=limits["open_files"],
-        )
+        child.prepare()
+        pages.gather()
+        self._scratch = scratch
+        self.jail = Jail.make(tier, limits)
+        try:
+            self._rooms = Rooms(tier, scratch, readable)
+        except OSError as error:
+            raise RuntimeError(f"confinement does not hold: {error}") from error
+        self._spare: _Spare | None = None
         if tier is not Tier.D:
             confine.isolate()
             listener = confine.supervise()
@@ -135,6 +120,7 @@ class Zygote:
         self.watch(control.fileno(), self._request)
         gc.collect()
         gc.freeze()
+        self._spare = self._prepare()
         shown = str(scratch) if tier is Tier.D else None
         control.send(json.dumps({"ready": tier, "scratch": shown, "memory": peak()}).encode())
 
@@ -177,8 +163,8 @@ class Zygote:
             process.signal(signal.SIGKILL)
         for process in list(self.children.values()):
             self._reap(process)
-        if self.jail.scratch is not None:
-            remove_tree(self.jail.scratch)
+        if self.jail.tier is Tier.D and self._scratch is not None:  # A's ends with its namespace
+            remove_tree(self._scratch)
 
     # ---- children --------------------------------------------------------------------------------
 
@@ -199,11 +185,12 @@ class Zygote:
         os.close(process.pidfd)
         process.ended(status, usage)
 
-    def fork(self, request: Mapping[str, Any], directory: Path | None, fds: list[int]) -> int:
-        """The pid of a new child that does what `child.main` says. Raises OSError."""
-        pid = os.fork()
+    def fork_session(self, seed: int, sock: socket.socket) -> int:
+        """The pid of a new child that is state 0 of a session. Raises OSError."""
+        os.chdir("/")
+        pid = fork()
         if pid == 0:
-            child.main(self.jail, request, directory, fds)
+            child.host(self.jail, self._rooms.closed.ruleset, seed, sock)
         return pid
 
     def can_fork(self) -> bool:
@@ -217,29 +204,62 @@ class Zygote:
         os.waitpid(pid, 0)
         return True
 
+    def _prepare(self) -> _Spare:
+        """The child for the next run. Raises OSError."""
+        room = self._rooms.furnish()
+        sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            os.chdir(room.directory or "/")
+            pid = fork()
+            if pid == 0:
+                child.wait(self.jail, room.ruleset, theirs)
+            process = self.adopt(pid, lambda *_: self._lost(room))
+        except OSError:
+            sock.close()
+            self._rooms.clear(room)
+            raise
+        finally:
+            theirs.close()
+        process.running = False
+        return _Spare(process, sock, room)
+
+    def _lost(self, room: Room) -> None:
+        """The spare died while it waited: somebody needed the memory."""
+        if self._spare is not None:
+            self._spare.sock.close()
+            self._spare = None
+        self._rooms.clear(room)
+
     def _run(self, packet: Packet) -> None:
         *given, status_fd = packet.fds
         status = socket.socket(fileno=status_fd)
-        scratch = self.jail.scratch
-        directory = scratch / "run" if scratch is not None else None  # one at a time has one
-
-        def ended(code: int, usage: resource.struct_rusage) -> None:
-            if directory is not None:
-                remove_tree(directory)
-            tell(status, ended_facts(code, usage))
-            status.close()
-
         try:
-            if directory is not None:
-                directory.mkdir(mode=0o700)
-            process = self.adopt(self.fork(packet.json(), directory, given), ended)
+            spare, self._spare = self._spare or self._prepare(), None
         except OSError as error:
             tell(status, {"failed": str(error)})
             status.close()
         else:
-            tell(status, {"started": process.pid}, [process.pidfd])
+            self._hand_over(spare, packet.body, given, status)
         for fd in given:
             os.close(fd)
+        with contextlib.suppress(OSError):  # whoever comes next is told so
+            self._spare = self._prepare()
+
+    def _hand_over(
+        self, spare: _Spare, request: bytes, given: list[int], status: socket.socket
+    ) -> None:
+        room, process = self._rooms.assign(spare.room), spare.process
+
+        def ended(code: int, usage: resource.struct_rusage) -> None:
+            tell(status, ended_facts(code, usage))
+            status.close()
+            self._rooms.clear(room)
+
+        process.ended, process.running = ended, True
+        with contextlib.suppress(OSError):  # it has died: its end will be seen
+            pass_on(spare.sock, request, given)
+        spare.sock.close()
+        tell(status, {"started": process.pid}, [process.pidfd])
 
     def _decide(self, thread: int, is_thread: bool) -> bool:
         """May this process start a thread, or fork beside itself?"""
@@ -260,22 +280,27 @@ class Zygote:
 
         Raises RuntimeError naming what was possible.
         """
-        directory = self.jail.scratch / "run" if self.jail.scratch is not None else None
-        if directory is not None:
-            directory.mkdir(mode=0o700)
+        room = self._rooms.furnish()
+        os.chdir("/" if session else room.directory or "/")
         pid = os.fork()
         if pid == 0:
             found = 17
             try:
-                found = child.try_forbidden(self.jail, directory, session=session)
+                own = self._rooms.closed if session else room
+                found = child.try_forbidden(self.jail, own.ruleset, room.directory, session=session)
             finally:
                 os._exit(found)
         _, status = os.waitpid(pid, 0)
-        if directory is not None:
-            remove_tree(directory)
+        self._rooms.clear(room)
         broken = os.waitstatus_to_exitcode(status)
         if broken:
             raise RuntimeError(f"confinement does not hold: {child.FORBIDDEN.get(broken, broken)}")
+
+
+def fork() -> int:
+    """As os.fork, without what Python does around it, which is for threads: the zygote has one,
+    and holds no lock. In a child it would touch 200 pages, and every page touched is copied."""
+    return confine.check(int(_libc.fork()), "fork")
 
 
 def _fix_addresses() -> None:
@@ -295,31 +320,6 @@ def _warm(modules: list[str], source: str) -> None:
     site.setquit()  # `exit` and `quit`, which -S leaves out
     scope = types.ModuleType("warmup")
     exec(compile(source, "<warmup>", "exec"), scope.__dict__)  # noqa: S102  our own text
-
-
-def _gather_pages() -> None:
-    """Put what has been imported into huge pages, where the kernel does that on request (6.1): a
-    fork, and the end of a run, then handle one entry instead of 512, and cost a third less.
-    Where it does not, everything stays as it is."""
-    for region in {id(value) >> _HUGE for value in gc.get_objects()}:
-        confine.libc.madvise(ctypes.c_void_p(region << _HUGE), ctypes.c_size_t(1 << _HUGE), 25)
-
-
-def _address_space() -> int:
-    """Bytes of address space now in use, found without /proc: where a limit begins to bite."""
-    low, high = 0, 1 << 40
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    while high - low > 1 << 22:
-        middle = (low + high) // 2
-        resource.setrlimit(resource.RLIMIT_AS, (middle, hard))
-        try:
-            mmap.mmap(-1, 1 << 16).close()
-            high = middle
-        except (OSError, MemoryError):
-            low = middle
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    return high
 
 
 if __name__ == "__main__":

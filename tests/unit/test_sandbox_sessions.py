@@ -89,32 +89,47 @@ BREAK = {
     "sends no JSON": "cells._fork_beside = lambda _: cells._own_socket().send(b'[')",
     "sends JSON without an end": "cells._fork_beside = lambda _:"
     " cells._own_socket().send(b'[' * 60000)",
-    "talks nonsense in the new cell": "me, receive = os.getpid(), cells.receive\n"
-    "cells.receive = lambda s: receive(s) if os.getpid() == me else s.send(b'[' * 60000)",
+    "talks nonsense instead of running its cell": "receive = cells.receive\ndef broken(s):\n"
+    "  p = receive(s)\n  if len(p.fds) > 1: s.send(b'[' * 60000)\n  return p\n"
+    "cells.receive = broken",
+    "its copy talks nonsense": "me, send = os.getpid(), cells.send\n"
+    "cells.send = lambda s, b: send(s, b) if os.getpid() == me else s.send(b'[' * 60000)",
     "ends itself": "cells._fork_beside = lambda _: os._exit(0)",
     "says hello for its child": "import socket\nfork = cells._fork_beside\ndef forged(tid):\n"
     "  for n in range(5, 16):\n    try: os.fstat(n)\n    except OSError: continue\n"
     "    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=n)\n"
     "    try: cells.send(s, {'hello': True})\n    except OSError: pass\n    s.detach()\n"
     "  return fork(tid)\ncells._fork_beside = forged",
-    "a child that dies before it may begin": "me, receive = os.getpid(), cells.receive\n"
-    "cells.receive = lambda s: receive(s) if os.getpid() == me else os._exit(0)",
-    "a child that is killed before it begins": "me, receive = os.getpid(), cells.receive\n"
-    "cells.receive = lambda s: receive(s) if os.getpid() == me else ctypes.string_at(0)",
+    "ends itself when it is told the cell": "receive = cells.receive\ndef broken(s):\n"
+    "  p = receive(s)\n  return os._exit(0) if len(p.fds) > 1 else p\ncells.receive = broken",
+    "is killed when it is told the cell": "receive = cells.receive\ndef broken(s):\n"
+    "  p = receive(s)\n  return ctypes.string_at(0) if len(p.fds) > 1 else p\n"
+    "cells.receive = broken",
+    "its copy ends before it is one": "me, send = os.getpid(), cells.send\n"
+    "cells.send = lambda s, b: send(s, b) if os.getpid() == me else os._exit(0)",
+    "its copy is killed before it is one": "me, send = os.getpid(), cells.send\n"
+    "cells.send = lambda s, b: send(s, b) if os.getpid() == me else ctypes.string_at(0)",
+    "never leaves a copy": "import time; cells._fork_beside = lambda _: time.sleep(99)",
+    "its copy never says so": "import time; me, send = os.getpid(), cells.send\n"
+    "cells.send = lambda s, b: send(s, b) if os.getpid() == me else time.sleep(99)",
 }
 
 
 @pytest.mark.parametrize("how", BREAK)
 def test_a_session_that_breaks_its_own_machinery_hurts_only_itself(
-    sandbox: Sandbox, cells: Session, how: str
+    sandbox: Sandbox, cells: Session, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is the model's fault, never an infrastructure error; and there is a way back."""
     zygotes = set(sandbox._all)
     cells.run("x = 1")
     cells.run("import ctypes, os, sys; cells = sys.modules['shared.sandbox.cells']\n" + BREAK[how])
-    assert cells.run("print(1)", timeout=1).outcome is Outcome.MODEL_ERROR
+    with monkeypatch.context() as impatient:
+        if "never" in how:
+            impatient.setattr(watch, "_STARTUP", 1.0)
+        assert cells.run("print(1)", timeout=1).outcome is Outcome.MODEL_ERROR
     assert sandbox.run("print(1)").stdout == "1\n"
-    assert cells.run("print(1)", timeout=1).outcome is Outcome.MODEL_ERROR
+    if "never" not in how:
+        assert cells.run("print(1)", timeout=1).outcome is Outcome.MODEL_ERROR
     cells.rollback(1)
     assert cells.run("print(x)").stdout == "1\n"
     assert set(sandbox._all) == zygotes
@@ -178,6 +193,38 @@ def test_states_that_hold_much_memory_are_dropped_sooner(
             cells.run(f"x{n} = bytearray(b'x') * (40 << 20)")
         eventually(lambda: len(processes(sandbox)) <= before + 3)
         assert cells.run("print(len(x0) + len(x3))").stdout == f"{80 << 20}\n"
+
+
+def test_a_deep_chain_is_no_chain_of_forks(cells: Session) -> None:
+    """One process goes from state to state and leaves copies behind; after a failure or a rollback
+    it is the copy that goes on. A fork of a fork of a fork would take longer at every cell."""
+    whoami = "import os; print(os.getpid())"
+    (first,) = {cells.run(whoami).stdout for _ in range(6)}
+    cells.run("1 / 0")
+    (second,) = {cells.run(whoami).stdout for _ in range(3)}
+    cells.rollback(2)
+    (third,) = {cells.run(whoami).stdout for _ in range(3)}
+    assert len({first, second, third}) == 3
+
+
+def test_each_cell_is_judged_by_its_own_time_and_memory(cells: Session) -> None:
+    """Though its process has run the cells before."""
+    spin = "import time\nt = time.monotonic()\nwhile time.monotonic() < t + .25: pass\nprint(1)"
+    for _ in range(4):
+        assert cells.run(spin, timeout=0.6).outcome is Outcome.OK
+    assert cells.run("print(1)").cpu_time < 0.2
+    assert cells.run("while True: pass", timeout=0.3).outcome is Outcome.TIMEOUT
+
+
+def test_sessions_work_where_nothing_is_confined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "TIERS", (Tier.D,))
+    with (
+        Sandbox(zygotes=1, preload=(), warmup="", minimum_tier=Tier.D) as open_field,
+        open_field.session() as open_cells,
+    ):
+        open_cells.run("x = 1")
+        open_cells.run("x = 2; 1 / 0")
+        assert open_cells.run("print(x)").stdout == "1\n"
 
 
 def test_a_lost_zygote_costs_a_replay_and_the_result_says_so(
