@@ -26,6 +26,7 @@ from shared.errors import EndpointError
 from shared.policy import Generated
 
 RELOAD_SECONDS = 600.0
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model folder, beside its weights
 
 
@@ -123,7 +124,10 @@ class HttpReceiver:
             for file in self.model.glob(pattern):
                 if not file.name.endswith(".index.json"):
                     shutil.copy(file, part)
-        save_file(self._taken, part / "model.safetensors", metadata={"format": "pt"})
+        # A tied head is written out, for a server that was started with an untied copy: vLLM on a
+        # CPU packs the head when it starts, and does not pack a tied one again (docs/rollouts.md).
+        head = {HEAD: self._taken[EMBEDDING].clone()} if EMBEDDING in self._taken else {}
+        save_file(head | self._taken, part / "model.safetensors", metadata={"format": "pt"})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
 
