@@ -187,6 +187,8 @@ class RolloutConfig(Section):
     def _address(self) -> RolloutConfig:
         if self.engine == "http" and not (self.base_url and self.save_to):
             raise ValueError("engine = 'http' needs base_url and save_to")
+        if self.engine == "http" and self.temperature != 1:
+            raise ValueError("a server tells log-probabilities at temperature 1 only; sample at 1")
         if self.top_p != 1.0 or self.top_k != -1:
             raise ValueError(
                 "top_p and top_k cut the support of the sampler, not of the trainer: wrong ratios"

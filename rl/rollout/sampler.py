@@ -34,8 +34,10 @@ from rl.world import World
 from shared import seeds
 from shared.endpoints.config import Sampling
 from shared.episode import Episode, EpisodeSettings, StepAttempt, run_episode, run_step
+from shared.errors import EndpointError
 from shared.grading import Grader, Value
 from shared.policy import Codec, Engine, Tool
+from shared.segments import SAMPLED, Segment
 from shared.trajectory import End, Outcome
 
 T = TypeVar("T")
@@ -256,7 +258,7 @@ class Sampler:
                 sums["steps/right"] += attempt.outcome is Outcome.OK
                 sums["tokens/generated"] += attempt.n_generated
                 if advantage is not None:
-                    row = train_row([pref.segment, *attempt.segments])
+                    row = _row([pref.segment, *attempt.segments])
                     name = f"{each.rollout}#{each.action}"
                     rows.append(RlRow(Level.STEP, name, advantage, row))
         return rows
@@ -296,13 +298,25 @@ async def _all(permits: asyncio.Semaphore, calls: Sequence[Callable[[], Awaitabl
     return [task.result() for task in made]
 
 
+def _row(segments: Sequence[Segment]) -> TrainRow:
+    """Raises EndpointError where the engine did not say how likely what it sampled was."""
+    if any(s.kind in SAMPLED and s.ids and s.logprobs is None for s in segments):
+        raise EndpointError(
+            "The engine gives no log-probabilities of what it samples.",
+            kind="bad_reply",
+            retryable=False,
+            remedy="sample at temperature 1, from vLLM, nano's server or the local engine",
+        )
+    return train_row(segments)
+
+
 def _rows(group: Sequence[Solved], found: Credit) -> list[RlRow]:
     return [
         RlRow(
             Level.EPISODE,
             str(one.prompt.number),
             advantage,
-            train_row(one.episode.segments),
+            _row(one.episode.segments),
         )
         for one, advantage in zip(group, found.advantages_G, strict=True)
         if advantage is not None

@@ -70,6 +70,7 @@ def test_each_layer_covers_the_one_before(suffix: str, tmp_path: Path) -> None:
         ("schedule.group=1", "schedule.group"),
         ("levels=[]", "at least one"),
         ("rollout.engine='http'", "base_url"),
+        ("rollout={engine='http', base_url='u', save_to='s', temperature=0.6}", "temperature 1"),
         ("rollout.top_p=0.9", "ratios"),
         ("engine.offload_parameters=true", "zero = 3"),
         ("engine.zero=4", "engine.zero"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, cast
 
@@ -249,6 +249,17 @@ def test_what_the_engine_raises_comes_out_as_it_is() -> None:
     made = sampler(policy(), engine=Down)
     with pytest.raises(EndpointError, match="gone"):
         asyncio.run(made.rollout(0, 0))
+
+
+def test_an_engine_that_tells_no_logprobs_is_not_trained_with() -> None:
+    """They would count as certainty: every ratio would be wrong."""
+
+    class Silent(ScriptedEngine):
+        async def generate(self, *arguments: Any, **named: Any) -> Generated:
+            return replace(await super().generate(*arguments, **named), logprobs=None)
+
+    with pytest.raises(EndpointError, match="log-probabilities"):
+        asyncio.run(sampler(policy(), engine=Silent).rollout(0, 0))
 
 
 def test_heldout_problems_get_the_same_draws_every_time() -> None:
