@@ -93,7 +93,7 @@ class Fused(Memory):
     def _qkv(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Queries (N, heads, d), keys and values (N, kv heads, d) of the rows x (N, H)."""
         joined = _mm(self._rms(x, layer.norm), layer.qkv, layer.qkv_bias)
-        parts = (self.heads, self.kv_heads, self.kv_heads)
+        parts = [self.heads, self.kv_heads, self.kv_heads]
         q, k, v = torch.split(joined.view(len(x), -1, self.head_dim), parts, dim=1)
         if layer.qk_norm is not None:
             q, k = self._rms(q, layer.qk_norm[0]), self._rms(k, layer.qk_norm[1])

@@ -174,7 +174,7 @@ class Rpc(BaseModel):
     """A call to the workers, in vLLM's dev mode."""
 
     method: str
-    kwargs: dict[str, str] = {}
+    arguments: dict[str, str] = Field(default={}, alias="kwargs")
 
 
 class DetokenizeRequest(BaseModel):

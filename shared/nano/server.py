@@ -280,10 +280,10 @@ def _add_weight_updates(app: FastAPI, server: NanoService) -> None:
 
     @app.post("/collective_rpc")
     async def collective_rpc(body: Rpc) -> JsonObject:
-        if body.method != "reload_weights" or "weights_path" not in body.kwargs:
+        if body.method != "reload_weights" or "weights_path" not in body.arguments:
             raise ApiError(400, "only reload_weights with a weights_path is supported")
         try:
-            await asyncio.to_thread(server.load, Path(body.kwargs["weights_path"]))
+            await asyncio.to_thread(server.load, Path(body.arguments["weights_path"]))
         except TirgenError as error:
             raise ApiError(400, str(error)) from error
         return {"results": [None]}
