@@ -20,6 +20,7 @@ from rl.config import SftConfig
 from rl.config import load as load_config
 from rl.job_file import Spec, host_commands, load, make_spec
 from rl.job_rows import Hold
+from rl.logs import Follower, last_lines, read_tail, settled
 from rl.slurm import script
 from rl.verdicts import verdict
 from shared.config import merge_settings
@@ -370,3 +371,39 @@ def test_others_processes_are_let_alone(keep: Callable[..., Kept], tmp_path: Pat
     for other in others:
         other.kill()
         other.wait()
+
+
+# The log
+
+
+def test_what_progress_bars_wrote_over_is_left_out() -> None:
+    assert settled("a\rab\rabc\nnext\r\nlast\r") == "abc\nnext\n"
+    assert last_lines("1\n2\rtwo\n3", 2) == "two\n3"
+
+
+def test_a_log_is_followed_from_its_last_lines_on(tmp_path: Path) -> None:
+    """Each byte once, also of a log that comes late or begins anew."""
+    file = tmp_path / "log.txt"
+    late = Follower(file, 2)
+    assert (list(late.read()), late.found) == ([], False)
+    file.write_text("1\n2\n3\n")
+    assert list(late.read()) == ["2\n3\n"]
+    with file.open("a") as log:
+        log.write("4\n")
+    assert "".join(late.read()) == "4\n"
+    assert list(late.read()) == []
+    assert "".join(Follower(file, 0).read()) == ""
+    file.write_text("")
+    assert list(late.read()) == []
+    file.write_text("new\n")
+    assert "".join(late.read()) == "new\n"
+
+
+def test_the_tail_is_read_only_when_there_is_more(tmp_path: Path) -> None:
+    file = tmp_path / "log.txt"
+    assert read_tail(file) is None
+    file.write_bytes(b"x" * 100 + "ü".encode())
+    tail = read_tail(file, limit=3)
+    assert tail is not None
+    assert (tail.text, tail.n_bytes) == ("xü", 102)
+    assert read_tail(file, known=102) is None
