@@ -170,13 +170,6 @@ class TokenizeChat(_Chat):
     return_token_strs: bool | None = False
 
 
-class Rpc(BaseModel):
-    """A call to the workers, in vLLM's dev mode."""
-
-    method: str
-    arguments: dict[str, str] = Field(default={}, alias="kwargs")
-
-
 class DetokenizeRequest(BaseModel):
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]

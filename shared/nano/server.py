@@ -32,7 +32,6 @@ from shared.nano.protocol import (
     DetokenizeRequest,
     JsonObject,
     LogprobListing,
-    Rpc,
     TokenizeChat,
     TokenizeText,
     usage,
@@ -279,11 +278,14 @@ def _add_weight_updates(app: FastAPI, server: NanoService) -> None:
         return Response(status_code=200)
 
     @app.post("/collective_rpc")
-    async def collective_rpc(body: Rpc) -> JsonObject:
-        if body.method != "reload_weights" or "weights_path" not in body.arguments:
-            raise ApiError(400, "only reload_weights with a weights_path is supported")
+    async def collective_rpc(body: JsonObject) -> JsonObject:
+        match body:
+            case {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}:
+                pass
+            case _:
+                raise ApiError(400, "only reload_weights with a weights_path is supported")
         try:
-            await asyncio.to_thread(server.load, Path(body.arguments["weights_path"]))
+            await asyncio.to_thread(server.load, Path(folder))
         except TirgenError as error:
             raise ApiError(400, str(error)) from error
         return {"results": [None]}
