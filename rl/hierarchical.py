@@ -139,12 +139,13 @@ class _Trainer:
                 self.session.log(number + 1, values)
                 self._show(number, now)
                 tick(number + 1, _facts(values))
-                stopping = self.session.stopping()
+                stopping = not last and self.session.stopping()
                 every = config.checkpoint.every
                 if stopping or last or (every and (number + 1) % every == 0):
                     at = Progress(number + 1, Position(0, cursor))
                     self.session.saved(number + 1, checkpoints.save(self.engine, at, buffer))
-                if stopping and not last:
+                if stopping:
+                    self.session.ends_early()
                     return False
         return True
 

@@ -76,10 +76,12 @@ class Session:
     def stopping(self) -> bool:
         """Has any rank been told to stop? The same on every rank; a collective."""
         mine = self._told or (self.job is not None and self.job.cancelled)
-        told = self.world.total({"told": float(mine)})["told"] > 0
-        if told and self.job is not None:
+        return self.world.total({"told": float(mine)})["told"] > 0
+
+    def ends_early(self) -> None:
+        """Record that the program leaves because it was told to, before its end."""
+        if self.job is not None:
             self.job.stopped()
-        return told
 
     def engine(self, config: Common, policy: Policy, steps: int) -> Engine:
         return Engine(policy, config.engine, config.optimizer, self.world, steps)

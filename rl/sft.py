@@ -77,10 +77,11 @@ def train(
             session.log(step, values)
             tick(step, f"loss {values['loss']:.4f}  {values['speed/tokens']:.0f} tok/s")
             every = config.checkpoint.every
-            stopping = session.stopping()
+            stopping = step < total and session.stopping()
             if stopping or step == total or (every and step % every == 0):
                 session.saved(step, checkpoints.save(engine, Progress(step, window.after)))
-            if stopping and step < total:
+            if stopping:
+                session.ends_early()
                 return
     session.export(engine, tokenizer)
 

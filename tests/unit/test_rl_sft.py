@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalL
 
 from rl.config import SftConfig, load
 from rl.data import Position
+from rl.jobs import Job
 from rl.model import Policy
 from rl.nano import Demonstrations, make_model
 from rl.session import Session
@@ -137,3 +140,28 @@ def test_a_step_says_what_it_trained_on(
     assert 0 < step["entropy"] <= math.log(len(tokenizer))
     state = json.loads((tmp_path / "checkpoints/step-000001/state.json").read_text())
     assert state["progress"]["position"] == {"epoch": 0, "row": ROWS}
+
+
+def test_told_to_stop_it_leaves_a_checkpoint_and_no_model(
+    world: World, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """After the step under way. Told so in its last step, it has come to its end all the same."""
+
+    class Told(Kept):
+        def __init__(self, at: int) -> None:
+            super().__init__()
+            self.at = at
+
+        def log(self, step: int, values: dict[str, float]) -> None:
+            super().log(step, values)
+            if step == self.at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for at, ended in ((2, False), (3, True)):
+        out, job, chosen = tmp_path / str(at), Job("j"), config(max_steps=3)
+        policy = Policy(make_model(tokenizer, seed=1).train())
+        session = Session("sft", out, world, job, Told(at))
+        train(chosen, session, Demonstrations(tokenizer, 0, world), policy, tokenizer, resume=False)
+        assert (out / "checkpoints/latest").read_text() == f"step-{at:06d}"
+        assert (out / "model").exists() is ended
+        assert job.early is not ended
