@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from rl.cli import evaluate, jobs, train
-from shared.errors import TirgenError
+from shared import terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,10 +30,4 @@ app.add_typer(jobs.app, name="jobs", rich_help_panel="Jobs")
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        app()
-    except TirgenError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
+    terminal.run(app)

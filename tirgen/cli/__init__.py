@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from shared.errors import TirgenError
+from shared import terminal
 from tirgen.cli import curate, db, generate, read, runs, sandbox, snapshot, stack, verify
 
 app = typer.Typer(
@@ -38,10 +34,4 @@ app.add_typer(sandbox.app, name="sandbox", rich_help_panel="The stack")
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        app()
-    except TirgenError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(error.exit_code)
+    terminal.run(app)
