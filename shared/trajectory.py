@@ -196,6 +196,30 @@ class Trajectory:
         steps = tuple(_step_from(step) for step in body["steps"])
         return cls(**{**body, "steps": steps, "end": End(body["end"])})
 
+    @classmethod
+    def from_json(cls, plain: bytes) -> Trajectory:
+        """Inverse of `canonical_json`. Raises ValueError, KeyError or TypeError for other texts."""
+        made = cls.from_body(orjson.loads(plain))
+        # orjson takes an integer beyond 64 bits for a float, and says nothing.
+        return cls.from_body(json.loads(plain)) if made._lost_digits() else made
+
+    def _lost_digits(self) -> bool:
+        calls = [call for step in self.steps for call in (*step.discarded, step.call) if call]
+        numbers = [self.seed, self.n_tokens]
+        for call in calls:
+            line = call.result.error.line if call.result.error else None
+            numbers += (call.result.peak_memory, call.result.bytes_cut, line or 0)
+        return float in map(type, numbers) or _is_huge(self.meta)
+
+
+def _is_huge(value: Any) -> bool:
+    """Is there a float in it that no 64 bits could have been?"""
+    if isinstance(value, float):
+        return abs(value) >= 1 << 63
+    if isinstance(value, Mapping):
+        return any(map(_is_huge, value.values()))
+    return isinstance(value, list) and any(map(_is_huge, value))
+
 
 def _plain(value: Any, real: Callable[[float], Any] = float) -> Any:
     """Dataclasses as dictionaries, tuples as lists, without the copies that `asdict` makes."""

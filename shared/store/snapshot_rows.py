@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
@@ -126,7 +125,7 @@ def trajectory_entry(row: StoredRow, where: str, plain: bytes | None = None) -> 
     if hashlib.sha256(body).hexdigest() != row.body_hash:
         raise _altered("its trajectory", row, where)
     try:
-        made = decode(body) if plain is None else Trajectory.from_body(json.loads(plain))
+        made = decode(body) if plain is None else Trajectory.from_json(plain)
     except UNREADABLE as error:
         raise _altered("its trajectory", row, where) from error
     return TrajectoryEntry(row.position, row.split, problem, made, row.content_hash or "")

@@ -7,7 +7,6 @@ hash is taken of the cleaned identity, before compression, and checked again at 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import struct
 import threading
@@ -98,7 +97,7 @@ def encode(trajectory: Trajectory) -> Encoded:
 
 def decode(body: bytes) -> Trajectory:
     """Inverse of `encode`, up to what was cleaned. Raises zstandard.ZstdError for damaged bytes."""
-    return Trajectory.from_body(json.loads(zstandard.ZstdDecompressor().decompress(body)))
+    return Trajectory.from_json(zstandard.ZstdDecompressor().decompress(body))
 
 
 def write_trajectory(session: Session, run_id: int, item_id: int, done: Completed) -> int:

@@ -148,7 +148,23 @@ def test_what_is_fit_is_left_alone(value: Any) -> None:
 
 @given(TRAJECTORIES)
 def test_a_trajectory_survives_its_body(trajectory: Trajectory) -> None:
-    assert Trajectory.from_body(json.loads(canonical_json(trajectory.body()))) == trajectory
+    plain = canonical_json(trajectory.body())
+    assert Trajectory.from_json(plain) == Trajectory.from_body(json.loads(plain)) == trajectory
+
+
+@pytest.mark.parametrize("n", [2**63, 2**64, -(2**63) - 1, 10**40])
+def test_an_integer_comes_back_as_it_was_however_large(n: int) -> None:
+    """A faster reader of JSON would make a float of it, and say nothing."""
+    for made in (
+        replace(BASE, seed=n),
+        replace(BASE, meta={"a": [{"b": n}]}),
+        replace(
+            BASE, steps=(Step("t", discarded=(replace(CALL, result=replace(RUN, peak_memory=n)),)),)
+        ),
+    ):
+        again = Trajectory.from_json(canonical_json(made))
+        assert again == made
+        assert canonical_json(again) == canonical_json(made)
 
 
 @given(TRAJECTORIES, st.floats(0, 9), RESULTS)
