@@ -22,7 +22,8 @@ def start(
         port = listener.getsockname()[1]
     common = os.environ | {
         "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning", "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
     } | (env or {})  # fmt: skip
     return [
         subprocess.Popen(
