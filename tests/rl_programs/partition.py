@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from rl.attention import ROWS
 from rl.config import EngineConfig, OptimizerConfig, SftConfig, TrainConfig
 from rl.data import Position, Window
 from rl.engine import Engine
@@ -122,6 +123,7 @@ def config(case: Case) -> SftConfig | TrainConfig:
 
 def run(case: Case, world: World) -> dict[str, Any]:
     lm = model()
+    lm.set_attn_implementation(ROWS)  # the default of jobs; the reference is by transformers' own
     before = {name: p.detach().clone() for name, p in lm.named_parameters()}
     chosen = config(case)
     engine = Engine(Policy(lm), chosen.engine, chosen.optimizer, world, 1)

@@ -1,0 +1,315 @@
+"""The SFT step and the RL update beside TRL's: tokens a second, on the same model and rows.
+
+    python bench/trainer.py [--size nano|50m|0.6b] [--program sft|rl] [--rows 32] [--repeat 5]
+    python bench/trainer.py --rl-step     # where the time of a round of hierarchical RL goes
+
+One repetition is one optimizer step over all rows; ours and the peer's take turns, in a process
+each, with the same number of threads (OMP_NUM_THREADS). Several settings of the peer are tried,
+and the quickest is what we are compared with. Timed of ours is all of `rl.sft.train_window` and
+`rl.update.update`: packing, collation, forward, backward, clipping, optimizer, metrics; of the peer
+less (bench/peers/trainer.py). Rows are trajectories of nano's world, whose prompts and
+observations carry no loss; effective tokens are those that do. `first loss` shows that both train
+on the same. --length N: rows of N tokens instead. Without TRL its part is left out. One JSON object
+a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peers.models import SIZES, WEIGHTS, make, rows
+from peers.trainer import NAME, Setting, missing, serve
+
+from rl.packing import TrainRow
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+GROUP = 8
+SETTINGS = {
+    "sft": (Setting(8), Setting(32), Setting(8, grouped=True), Setting(16, grouped=True),
+            Setting(8, grouped=True, padding_free=True)),
+    "rl": (Setting(8), Setting(16), Setting(32)),
+}  # fmt: skip
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Task:
+    program: str
+    size: str
+    rows: tuple[TrainRow, ...]
+    ours: tuple[str, ...]  # settings over the preset of nano
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(row.n_loss for row in self.rows)
+
+
+class Side:
+    """A process that takes a step when asked."""
+
+    def __init__(self, target: Callable[..., None], *arguments: object) -> None:
+        self.pipe, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=target, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def step(self) -> float:
+        """Its seconds."""
+        self.pipe.send("go")
+        seconds: float = self.pipe.recv()
+        return seconds
+
+    def end(self) -> tuple[float, int, dict[str, float]]:
+        """First loss, peak memory in bytes, and more that it has to say; after the last step."""
+        found: Any = self.pipe.recv()
+        self.pipe.send("bye")
+        self.process.join()
+        return found[0], found[1], found[2] if len(found) > 2 else {}
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def ours(pipe: Connection, task: Task, steps: int, threads: int) -> None:
+    """Our side, as `peers.trainer.serve` is the other."""
+    import torch
+
+    from rl.config import SftConfig, TrainConfig, load
+    from rl.credit import advantages_of
+    from rl.data import Position, Window
+    from rl.engine import Engine
+    from rl.flops import costs
+    from rl.loss import Level
+    from rl.model import Policy
+    from rl.rollout.sampler import RlRow
+    from rl.sft import train_window
+    from rl.update import update
+    from rl.world import join
+
+    torch.set_num_threads(threads)
+    world = join(timedelta(minutes=30))
+    gpu = torch.cuda.is_available()
+    settings = [*task.ours, 'model.path="-"', 'data.snapshot="-"', "optimizer.lr=1e-5"]
+    if gpu:
+        settings += ['engine.dtype="bf16"']
+    sft = load(SftConfig, "sft-nano", settings=settings)
+    alike = ('loss.aggregation="token-mean"', "loss.nll_weight=0.0", 'loss.importance="off"')
+    rl = load(TrainConfig, "rl-nano", settings=[*settings, *alike])  # the loss that the peer has
+    config = sft if task.program == "sft" else rl
+    policy = Policy(make(task.size, config.model.attention), chunk=config.model.logits_chunk)
+    engine = Engine(policy, config.engine, config.optimizer, world, steps)
+    window = Window(task.rows, Counter(), Position())
+    advantages = advantages_of([float(n % 2) for n in range(GROUP)], rl.credit)
+    dealt = [
+        RlRow(Level.EPISODE, str(n // GROUP), advantages[n % GROUP], row)
+        for n, row in enumerate(task.rows)
+    ]
+    before, first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0
+    for n in range(steps):
+        pipe.recv()
+        began = time.perf_counter()
+        values = train_window(sft, engine, window) if task.program == "sft" else None
+        values = values or update(rl, engine, dealt, seed=0)[0]
+        seconds = time.perf_counter() - began
+        pipe.send(seconds)
+        first = values["loss"] if n == 0 else first
+    memory = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    more = {}
+    if gpu:
+        more = costs(policy.lm.config, [len(r.ids) for r in task.rows], seconds, 1, frozen=False)
+        memory = int(more["memory/peak_bytes"])
+    pipe.send((first, memory, more))
+    pipe.recv()
+    world.close()
+
+
+def compare(task: Task, repeat: int) -> None:
+    setting = best_setting(task)
+    steps = repeat + 1  # the first of each is not counted
+    mine = Side(ours, task, steps, THREADS)
+    other = None if setting is None else peer(task, setting, steps)
+    times: list[float] = []
+    theirs: list[float] = []
+    for n in range(steps):
+        for side, into in ((mine, times), (other, theirs)):
+            if side is not None:
+                seconds = side.step()
+                into += [seconds] if n else []
+    loss, memory, more = mine.end()
+    against = None
+    name = f"{task.program} {'step' if task.program == 'sft' else 'update'}, {task.size}"
+    facts: dict[str, object] = {
+        "threads": THREADS,
+        "rows": len(task.rows),
+        "tokens_a_step": task.tokens,
+    }
+    if other is not None:
+        label = f"{NAME} {version(NAME)}, {setting}"
+        peer_loss, peer_memory, _ = other.end()
+        against = (label, theirs)
+        emit(f"{name}: first loss", loss, "nats", label, peer_loss)
+        # Of a process, over what it had before: its allocator keeps pages, so it is a rough figure.
+        emit(f"{name}: peak memory of training", memory / 2**20, "MiB", label, peer_memory / 2**20,
+             peer_memory / max(memory, 1))  # fmt: skip
+    for what, tokens in (("tokens", task.tokens), ("effective tokens", task.loss_tokens)):
+        rate(f"{name}: {what}", tokens, times, against, **facts)
+    for key, value in more.items():
+        emit(f"{name}: {key}", value, "1")
+
+
+def best_setting(task: Task) -> Setting | None:
+    """The quickest of the peer's, each by its second step."""
+    if (why := missing()) is not None:
+        emit(f"peer left out: {why}", None, "", NAME)
+        return None
+    found: dict[Setting, float] = {}
+    for setting in SETTINGS[task.program]:
+        if len(task.rows) % setting.rows:
+            continue
+        side = peer(task, setting, 3)
+        try:
+            side.step()
+            found[setting] = min(side.step(), side.step())
+        except EOFError:
+            emit(f"peer's setting failed: {setting}", None, "", NAME)
+        finally:
+            side.stop()
+        if setting in found:
+            label = f"{NAME} {version(NAME)}, {setting}"
+            emit(f"{task.program}, {task.size}: a setting of the peer, effective tokens",
+                 task.loss_tokens / found[setting], "1/s", label)  # fmt: skip
+    return min(found, key=lambda one: found[one])
+
+
+def peer(task: Task, setting: Setting, steps: int) -> Side:
+    return Side(serve, task.program, task.size, task.rows, setting, steps, GROUP, THREADS)
+
+
+# ---- where the time of a round goes -------------------------------------------------------------
+
+
+def rl_step(rounds: int) -> None:
+    """A few rounds of `tirgen-rl train` from a small frozen snapshot; medians of their time/*."""
+    from shared.store import Database, EmbeddedPostgres, migrate
+    from tests.nano_frozen import freeze
+
+    with tempfile.TemporaryDirectory() as home:
+        server = EmbeddedPostgres(Path(home))
+        db = Database(server.start())
+        try:
+            migrate.upgrade(db)
+            freeze(db, "bench", 120, kind="problems")
+            url = db.url.render_as_string(hide_password=False)
+            arguments = [
+                "train", "--preset", "rl-nano", "--model", str(WEIGHTS), "--snapshot", "bench",
+                "--out", f"{home}/out", "--set", f"schedule.rollouts={rounds + 1}",
+                "--set", 'data.split="train"', "--set", f'data.url="{url}"',
+            ]  # fmt: skip
+            subprocess.run(
+                [sys.executable, "-m", "rl.cli", *arguments], check=True, cwd=ROOT,
+                env=os.environ | {"TIRGEN_HOME": home}, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+        finally:
+            db.close()
+            server.stop()
+        lines = [json.loads(line) for line in open(f"{home}/out/metrics.jsonl")][1:]  # noqa: PTH123, SIM115
+    whole = statistics.median(line["time/round"] for line in lines)
+    for key in sorted(
+        {key for line in lines for key in line if key.startswith(("time/", "speed/"))}
+    ):
+        values = [line[key] for line in lines if key in line]
+        share = statistics.median(values) / whole if key.startswith("time/") else None
+        emit(f"rl round, nano: {key}", statistics.median(values),
+             "s" if share is not None else "1/s", spread=[min(values), max(values)],
+             **({} if share is None else {"share_of_round": round(share, 3)}))  # fmt: skip
+
+
+# ---- output -------------------------------------------------------------------------------------
+
+
+def rate(
+    metric: str,
+    tokens: int,
+    times: Sequence[float],
+    against: tuple[str, Sequence[float]] | None,
+    **facts: object,
+) -> None:
+    """Tokens a second: of the median time, with the slowest and quickest as the spread."""
+    value = tokens / statistics.median(times)
+    facts |= {"spread": [round(tokens / t, 1) for t in (max(times), min(times))]}
+    if against is None:
+        emit(metric, value, "1/s", **facts)
+        return
+    label, theirs = against
+    other = tokens / statistics.median(theirs)
+    facts |= {"peer_spread": [round(tokens / t, 1) for t in (max(theirs), min(theirs))]}
+    emit(metric, value, "1/s", label, other, value / other, **facts)
+
+
+def emit(
+    metric: str,
+    value: float | None,
+    unit: str,
+    peer: str | None = None,
+    peer_value: float | None = None,
+    ratio: float | None = None,
+    **more: object,
+) -> None:
+    """`ratio` says how many times better we are."""
+    shown = None if value is None else float(f"{value:.5g}")
+    line: dict[str, object] = {"bench": "trainer", "metric": metric, "value": shown, "unit": unit,
+                               "peer": peer}  # fmt: skip
+    if peer_value is not None:
+        line["peer_value"] = float(f"{peer_value:.5g}")
+    line["ratio"] = None if ratio is None else float(f"{ratio:.3g}")
+    print(json.dumps(line | more), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="nano")
+    parser.add_argument("--program", choices=("sft", "rl"), nargs="*", default=["sft", "rl"])
+    parser.add_argument("--rows", type=int, default=32, help=f"a multiple of {GROUP}")
+    parser.add_argument("--length", type=int, help="tokens of a row, instead of trajectories")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--set", action="append", default=[], help="ours: over the preset of nano")
+    parser.add_argument("--rl-step", action="store_true")
+    args = parser.parse_args()
+    if args.rl_step:
+        rl_step(args.repeat)
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read by what the two sides import
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    made = tuple(rows(args.rows, args.length))
+    for program in args.program:
+        compare(Task(program, args.size, made, tuple(args.set)), args.repeat)
+
+
+if __name__ == "__main__":
+    main()
