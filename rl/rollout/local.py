@@ -93,9 +93,10 @@ class LocalEngine:
         version: int = 0,
     ) -> None:
         kind = Fused if Fused.fits(model) else Plain
-        self._memory: Memory = kind(model.eval(), slots=slots, max_len=max_len)
+        self._memory: Memory = kind(model.train(False), slots=slots, max_len=max_len)
         self._stops = _Stops(tokenizer)
         self._eos = frozenset(eos)
+        self._threads = torch.get_num_threads()  # with which the memory has tried what is free
         self._slots = [_Slot() for _ in range(slots)]
         self._by_key: dict[str, int] = {}
         self._free = deque(range(slots))
@@ -213,6 +214,7 @@ class LocalEngine:
 
     def _run(self) -> None:
         why = "it was closed"
+        torch.set_num_threads(self._threads)
         try:
             while self._wait_for_work():
                 self._admit()

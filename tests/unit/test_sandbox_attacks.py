@@ -95,8 +95,8 @@ if refused:
     tests = [(0x15, len(refused) - 1 - i, 0, n) for i, n in enumerate(refused)]
     tests[-1] = (0x15, 0, 1, refused[-1])
     libc.prctl(38, 1, 0, 0, 0)
-    confine._install([(0x20, 0, 0, 0), *tests, confine._ret(0x50000 | 38),
-                      confine._ret(0x7FFF0000)], 0)
+    program = [(0x20, 0, 0, 0), *tests, confine._ret(0x50000 | 38), confine._ret(0x7FFF0000)]
+    confine._install(confine._assemble(program), 0)
 
 from shared.sandbox import Sandbox, Tier
 from shared.sandbox.attacks import ATTACKS, LIMITS, unexpected
