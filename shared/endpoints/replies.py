@@ -22,6 +22,8 @@ class Completion:
     `text` is the answer; `reasoning` the thoughts that a server with a reasoning parser split off
     (None elsewhere, where thoughts are part of the text). `token_ids` are the sampled ids (length
     completion_tokens) and `logprobs` of each, if the server was asked for them and sends them.
+    `stop_reason` (vLLM, nano): the stop string, or the id other than the tokenizer's own EOS, that
+    ended it.
     """
 
     text: str
@@ -31,6 +33,7 @@ class Completion:
     completion_tokens: int
     reasoning: str | None = None
     logprobs: tuple[float, ...] | None = None
+    stop_reason: str | int | None = None
 
 
 class Part(BaseModel):
@@ -85,6 +88,7 @@ class TextChoice(Part):
     finish_reason: str
     token_ids: TokenIds | None = None
     logprobs: TextLogprobs | None = None
+    stop_reason: str | int | None = None
 
 
 class TextReply(Billed):
@@ -99,6 +103,7 @@ class TextReply(Billed):
             prompt_tokens=self.usage.prompt_tokens,
             completion_tokens=self.usage.completion_tokens,
             logprobs=None if choice.logprobs is None else tuple(choice.logprobs.token_logprobs),
+            stop_reason=choice.stop_reason,
         )
 
 

@@ -3,7 +3,7 @@
 The HTTP side submits and cancels from any thread; the engine thread alone touches the model. Each
 round admits waiting requests into free slots (one prefill each), then makes one decode step for
 all slots. A request's tokens depend on its prompt, its parameters and its seed, never on the
-other slots.
+other slots. While it is paused, which is when the model may be replaced, requests wait.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from shared.nano.model import Float32, NanoModel
 from shared.nano.sampling import SamplingParams, TokenLogprob, generator, logprobs_of, sample
@@ -83,10 +84,8 @@ class Engine:
         # is scratch: decode steps write to its first position.)
         self._held: dict[int, tuple[list[int], Float32]] = {}
         self._changed = threading.Condition()
-        self._closing = self._dead = False
-        # Rows of the vocabulary without a token (padding to a round size) are never sampled.
-        absent = [i for i in range(model.config.vocab) if i not in codec.ids]
-        self._absent = np.array(absent, dtype=np.int64)
+        self._closing = self._dead = self._paused = False
+        self._absent = _absent(model, codec)
         self._thread = threading.Thread(target=self._run, name="nano-engine", daemon=True)
         self._thread.start()
 
@@ -117,18 +116,40 @@ class Engine:
             if len(self._waiting) >= self._max_waiting:
                 raise EngineBusyError
             self._waiting.append(generation)
-            self._changed.notify()
+            self._changed.notify_all()
         return generation
 
     def cancel(self, generation: Generation) -> None:
         """Give its slot back at the next round; a finished request is left as it is."""
         generation.cancelled = True
 
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    def pause(self) -> None:
+        """Admit no more requests; returns when those under way have ended."""
+        with self._changed:
+            self._paused = True
+            self._changed.wait_for(lambda: self._dead or not self._running)
+
+    def resume(self) -> None:
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
+
+    def replace(self, model: NanoModel) -> None:
+        """Go on with another model of the same shape. Only while it is paused."""
+        with self._changed:
+            assert self._paused
+            assert not self._running
+            self._model, self._absent = model, _absent(model, self._codec)
+
     def close(self) -> None:
         """Stop the thread; requests under way end with reason abort."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def _run(self) -> None:
@@ -142,6 +163,7 @@ class Engine:
             reason = "error"
         with self._changed:
             self._dead = True
+            self._changed.notify_all()
             left = [*self._running.values(), *self._waiting]
             self._waiting.clear()
         for generation in left:
@@ -149,7 +171,8 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._closing or self._waiting or self._running):
+            while not (self._closing or self._running or (self._waiting and not self._paused)):
+                self._changed.notify_all()  # whoever waits for a pause
                 self._changed.wait()
             return not self._closing
 
@@ -162,7 +185,7 @@ class Engine:
             # A request can end with its first token; then the slot takes the next one at once.
             while slot not in self._running:
                 with self._changed:
-                    if not self._waiting:
+                    if not self._waiting or self._paused:
                         return
                     generation = self._waiting.popleft()
                 if generation.cancelled:
@@ -251,3 +274,8 @@ class Engine:
                 stop_reason,
             )
         )
+
+
+def _absent(model: NanoModel, codec: TextCodec) -> npt.NDArray[np.int64]:
+    """Rows of the vocabulary without a token (padding to a round size): they are never sampled."""
+    return np.array([i for i in range(model.config.vocab) if i not in codec.ids], dtype=np.int64)

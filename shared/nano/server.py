@@ -267,12 +267,21 @@ def create_app(server: NanoService, *, dev: bool = False) -> FastAPI:
 def _add_weight_updates(app: FastAPI, server: NanoService) -> None:
     """vLLM's way of new weights: pause, reload from a folder, reset the cache, resume.
 
-    Nothing is cached from one request to the next, and a reload aborts what is under way; so all
-    but the reload have nothing to do here.
+    Nothing is cached from one request to the next, so that the cache needs no reset.
     """
 
     @app.post("/pause")
+    async def pause(mode: str = "abort") -> JsonObject:
+        if mode != "wait":
+            raise ApiError(400, "only /pause?mode=wait is supported", param="mode")
+        await asyncio.to_thread(server.engine.pause)
+        return {"status": "paused"}
+
     @app.post("/resume")
+    async def resume() -> JsonObject:
+        server.engine.resume()
+        return {"status": "resumed"}
+
     @app.post("/reset_prefix_cache")
     async def nothing() -> Response:
         return Response(status_code=200)

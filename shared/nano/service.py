@@ -10,6 +10,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 
+from shared.errors import InputError
 from shared.nano.engine import Engine, EngineDeadError, Generation, Update
 from shared.nano.model import NanoModel, read_json
 from shared.nano.protocol import ApiError, ChatRequest, TokenizeChat
@@ -126,23 +127,27 @@ class NanoService:
         self.codec = TextCodec(folder)
         path = folder / "generation_config.json"
         self.defaults = read_json(path) if path.exists() else {}
-        self.load(folder)
-
-    def load(self, folder: Path) -> None:
-        """Go on with the weights in `folder`, of the same model; requests under way are aborted.
-
-        Raises InputError for weights that cannot be used; then everything stays as it was.
-        """
-        model = NanoModel(folder, slots=SLOTS)
+        self.model = NanoModel(folder, slots=SLOTS)
         named = self.defaults.get("eos_token_id")
         listed = named if isinstance(named, list) else [named]
         # The tokenizer's end token comes first: its stop reason is null.
         eos = dict.fromkeys(i for i in (self.codec.eos_id, *listed) if i is not None)
-        before = getattr(self, "engine", None)
+        self.engine = Engine(self.model, self.codec, eos_ids=tuple(eos), max_waiting=MAX_WAITING)
+
+    def load(self, folder: Path) -> None:
+        """Go on with the weights in `folder`, of the same model, when what is under way has ended.
+
+        Raises InputError for weights that cannot be used; then everything stays as it was.
+        """
+        model = NanoModel(folder, slots=SLOTS)
+        if model.config != self.model.config:
+            raise InputError("these are weights of another model", where=str(folder))
+        paused = self.engine.paused
+        self.engine.pause()
+        self.engine.replace(model)
         self.model = model
-        self.engine = Engine(model, self.codec, eos_ids=tuple(eos), max_waiting=MAX_WAITING)
-        if before is not None:
-            before.close()
+        if not paused:
+            self.engine.resume()
 
     @property
     def max_len(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from shared.endpoints import Endpoint, EndpointConfig, Sampling
 from shared.errors import EndpointError
 from shared.nano.launch import NanoProcess, start_server, stop_server
 from shared.policy import Generated
-from tests.fake_endpoint import FakeEndpoint, Reply
+from tests.fake_endpoint import FakeEndpoint, Reply, ok, sequence, usage
+from tests.nano_random import make_model
 from tirgen.stack import WEIGHTS
 
 PROBLEM = "A farm has 12 goats and buys 30 more. How many goats are there?"
@@ -137,6 +139,129 @@ def test_new_weights_are_what_it_samples_from(
         assert (told - by_torch(lm, prompt, made)).abs().max() < 1e-3
         assert (told - by_torch(previous, prompt, made)).abs().max() > 1e-2
         previous = lm
+
+
+def test_weights_in_several_files_are_the_same_weights(
+    served: Served, renderer: Renderer, tmp_path: Path
+) -> None:
+    """A bucket at a time, no more than that in memory; the index names every tensor."""
+    lm, prompt = model(seed=5), renderer.prompt(PROBLEM).ids
+    engine = HttpEngine(
+        Endpoint(EndpointConfig(base_url=served.process.url, model="policy")), eos={renderer.eos}
+    )
+    receiver = HttpReceiver(engine, served.folder, tmp_path, bucket=2**20)
+    held = []
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights(lm):
+            held.append(sum(t.nbytes for t in receiver._held.values()))
+            yield name, tensor
+
+    sync(watched(), receiver, 4)
+    receiver.close()
+    folder = tmp_path / "weights-0"
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert max(held) <= 2**20
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == lm.state_dict().keys()
+    assert set(index["weight_map"].values()) == set(files)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in lm.state_dict().items())
+    (made,) = sample(served.process.url, renderer)
+    told = torch.tensor(made.logprobs, dtype=torch.float64)
+    assert (told - by_torch(lm, prompt, made)).abs().max() < 1e-3
+    sync(weights(model()), HttpReceiver(engine, served.folder, tmp_path), 5)
+
+
+def test_what_is_under_way_ends_with_the_old_weights(
+    served: Served, renderer: Renderer, tmp_path: Path
+) -> None:
+    """Requests from before, during and after an update: each is of one version, and says which."""
+    old, new = model(), model(seed=6)
+    prompt = renderer.prompt(PROBLEM).ids
+    long = FREE.model_copy(update={"max_tokens": 300})
+
+    async def run() -> list[Generated]:
+        address = EndpointConfig(base_url=served.process.url, model="policy")
+        async with Endpoint(address) as endpoint:
+            engine = HttpEngine(endpoint, eos={renderer.eos}, version=0)
+            receiver = HttpReceiver(engine, served.folder, tmp_path)
+            made: list[Generated] = []
+
+            async def ask(seed: int) -> None:
+                made.append(await engine.generate(prompt, long, seed=seed, key=str(seed)))
+
+            tasks = [asyncio.create_task(ask(seed)) for seed in range(24)]
+            await asyncio.sleep(0)
+            update = asyncio.create_task(asyncio.to_thread(sync, weights(new), receiver, 1))
+            while not update.done():
+                tasks.append(asyncio.create_task(ask(len(tasks))))
+                await asyncio.wait({tasks[-1], update}, return_when=asyncio.FIRST_COMPLETED)
+            await update
+            await asyncio.gather(*tasks, ask(999))
+            await asyncio.to_thread(sync, weights(old), receiver, 2)
+            receiver.close()
+            return made
+
+    def off(lm: torch.nn.Module, made: Generated) -> float:
+        told = torch.tensor(made.logprobs, dtype=torch.float64)
+        return float((told - by_torch(lm, prompt, made)).abs().max())
+
+    made = asyncio.run(run())
+    assert {one.version for one in made} == {0, 1}
+    for one in made:
+        right, wrong = (old, new) if one.version == 0 else (new, old)
+        if off(right, one) >= 1e-3:  # sent before the update, begun after it: version of the asking
+            assert one.version == 0
+            assert off(new, one) < 1e-3
+        else:
+            assert off(wrong, one) > 1e-2
+
+
+def test_weights_of_another_model_are_refused_and_the_old_ones_stay(
+    served: Served, renderer: Renderer, tmp_path: Path
+) -> None:
+    engine = HttpEngine(
+        Endpoint(EndpointConfig(base_url=served.process.url, model="policy")), eos={renderer.eos}
+    )
+    other = make_model(tmp_path / "other")
+    before = sample(served.process.url, renderer)
+    for folder, why in ((other, "another model"), (tmp_path / "nowhere", "cannot read")):
+        receiver = HttpReceiver(engine, served.folder, tmp_path)
+        with pytest.raises(EndpointError, match=why):
+            receiver._post(
+                "/collective_rpc",
+                {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            )
+        with pytest.raises(EndpointError, match="mode=wait"):
+            receiver._post("/pause")  # vLLM's default would abort what is under way
+        receiver.close()
+    assert sample(served.process.url, renderer) == before
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop", "ids", "finish"),
+    [
+        ("stop", None, [5, 2], "eos"),
+        ("stop", 0, [5, 0], "eos"),  # another token that ends a text, as in generation_config.json
+        ("stop", "```", [5, 7], "stop"),
+        ("length", None, [5, 7], "length"),
+    ],
+)
+def test_how_a_reply_ended_is_told_by_its_reason(
+    reason: str, stop: object, ids: list[int], finish: str
+) -> None:
+    """A request that was aborted by a pause is sent again."""
+    ended = {"text": "x", "token_ids": ids, "finish_reason": reason, "stop_reason": stop}
+    cut = {"text": "", "token_ids": [], "finish_reason": "abort"}
+    replies = [ok({"choices": [one], "usage": usage(1, 2)}) for one in (cut, ended)]
+    with FakeEndpoint(sequence(*replies)) as fake:
+        engine = HttpEngine(
+            Endpoint(EndpointConfig(base_url=fake.base_url, model="policy")), eos={2}
+        )
+        made = asyncio.run(engine.generate([1], FREE, seed=1, key="k"))
+    assert (made.finish, made.ids, made.logprobs) == (finish, tuple(ids), None)
 
 
 def test_a_server_without_the_routes_says_how_to_get_them(
