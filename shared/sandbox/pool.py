@@ -35,6 +35,10 @@ solve(x**2 - 3 * x + 2, x), solve([x + y - 3, x - y - 1], [x, y]), Eq(x, y), lat
 simplify(sin(x) ** 2 + cos(x) ** 2), factor(x**3 - 1), expand((x + y) ** 3), nsimplify(0.25)
 integrate(x * exp(x), x), diff(sin(x) / x, x), limit(sin(x) / x, x, 0), sqrt(8).evalf()
 factorint(360), str(Rational(1, 3) + x), Matrix([[1, 2], [3, 4]]).det(), summation(x, (x, 1, 10))
+solve(x**3 - 6 * x**2 + 11 * x - 6, x), solveset(x**2 - 4, x, S.Reals), str(solve(x**2 - 1 < 0, x))
+integrate(x**2 * cos(x), (x, 0, pi)), limit((1 - cos(x)) / x, x, 0), series(exp(x), x, 0, 4)
+radsimp(1 / (sqrt(3) - 1)), trigsimp(sin(x) * cos(x)), apart(1 / (x**2 - 4)), nsolve(cos(x) - x, 1)
+Matrix([[2, 1], [1, 2]]).eigenvals(), N(pi, 20), divisors(12), binomial(6, 3)
 numpy.linalg.eigvals(numpy.eye(2)), scipy.optimize.brentq(lambda t: t * t - 2, 0, 2)
 """
 TIERS = (Tier.A, Tier.B, Tier.C, Tier.D)  # strongest first; the first that holds is taken

@@ -77,7 +77,7 @@ class Zygote:
         self.control, self.owner = control, owner
         self.children: dict[int, Child] = {}  # by pid
         self.sessions: set[HostedSession] = set()
-        self._poll = select.poll()
+        self._poll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self.stopping = self._stale = False
         tier, limits = Tier(config["tier"]), config["limits"]
@@ -128,7 +128,7 @@ class Zygote:
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
-        self._poll.register(fd, select.POLLIN)
+        self._poll.register(fd, select.EPOLLIN)
 
     def unwatch(self, fd: int) -> None:
         """Before it is closed. Does nothing for what is not watched."""

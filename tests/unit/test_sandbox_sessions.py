@@ -351,7 +351,7 @@ def test_a_process_is_followed_even_if_it_is_dead_by_then_and_a_stranger_never_i
     """The interleaving that lost sessions once: a cell ends before anyone has looked at its pid.
     The zygote is its parent, so until the zygote reaps it the pid can be nobody else's."""
     zygote = object.__new__(zygotes.Zygote)
-    zygote._poll, zygote._handlers, zygote.children = select.poll(), {}, {}
+    zygote._poll, zygote._handlers, zygote.children = select.epoll(), {}, {}
     pid = os.fork()
     if pid == 0:
         os._exit(7)
