@@ -64,7 +64,7 @@ def evaluate(
         str | None, typer.Option(help="The server's tokenizer: a folder, a name, or `nano`.")
     ] = None,
     text: Annotated[
-        bool, typer.Option("--text", help="The server takes texts only (no token ids).")
+        bool, typer.Option("--text", help="The server takes texts, no token ids.")
     ] = False,
     benchmark: Annotated[
         list[str] | None,

@@ -50,12 +50,13 @@ class PolicyConfig(Section):
     engine: Literal["local", "http", "text"] = Field(
         default="local",
         description="local: a Hugging Face folder, run here. http: token ids to a vLLM or nano "
-        "server. text: any OpenAI-compatible server; it sees texts, and L_suf counts characters.",
+        "server. text: any server of OpenAI's /completions; without a tokenizer, budgets and L_suf "
+        "count characters and the prompt has no chat template.",
     )
     model: str | None = Field(default=None, description="local: a folder, or a name on the Hub.")
     endpoint: EndpointConfig | None = Field(default=None, description="http, text: the server.")
     tokenizer: str | None = Field(
-        default=None, description="http: folder or name of the server's tokenizer."
+        default=None, description="http, text: folder or name of the server's tokenizer."
     )
     weights: str = Field(default="", description="Digest of a local folder's files.")
     prompts: Profile = "full"

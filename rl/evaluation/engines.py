@@ -39,15 +39,20 @@ async def open_policy(config: EvaluationConfig) -> AsyncIterator[tuple[Engine, C
     assert policy.endpoint is not None
     async with Endpoint(policy.endpoint) as endpoint:
         await endpoint.check()
-        if policy.engine == "text":
-            from shared.text_policy import TextCodec, TextEngine
+        if policy.engine == "text" and policy.tokenizer is None:
+            from shared import text_policy
 
-            yield TextEngine(endpoint), TextCodec(policy.prompts)
+            yield text_policy.TextEngine(endpoint), text_policy.TextCodec(policy.prompts)
             return
-        from rl.rollout.http import HttpEngine
-
         renderer = _renderer(policy.tokenizer or policy.endpoint.model, policy)
-        yield HttpEngine(endpoint, eos={renderer.eos}), renderer
+        if policy.engine == "text":
+            from rl.evaluation.text_engine import TextEngine
+
+            yield TextEngine(endpoint, renderer), renderer
+        else:
+            from rl.rollout.http import HttpEngine
+
+            yield HttpEngine(endpoint, eos={renderer.eos}), renderer
 
 
 @lru_cache(maxsize=1)

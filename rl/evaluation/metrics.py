@@ -7,18 +7,19 @@ attempts give every k, and nothing depends on the order in which they came.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 # Of an attempt without a call, which has no pass rate. A number is the rate that it is given;
 # the authors' code gives it 1 (method.md 5.2).
 NoCode = Literal["below-all-pass"] | float
 
-SUBSETS = 256  # of attempts that `best_of_k` looks at, at most
+SUBSETS = 100  # of attempts that `best_of_k` looks at, at most
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -99,14 +100,24 @@ def choose(candidates: Sequence[Candidate], seed: int, no_code: NoCode = "below-
     Ties are broken by: having a boxed answer, then the majority among those still tied (no one is
     out where the majorities tie), then the fewest tokens, then the seed.
     """
-    left: Sequence[int] = range(len(candidates))
-    left = _best(left, [_rate(c, no_code) for c in candidates])
-    left = _best(left, [(float(c.cluster is not None), 0) for c in candidates])
-    votes: dict[int | None, int] = {}
-    for i in left:
-        votes[candidates[i].cluster] = votes.get(candidates[i].cluster, 0) + 1
-    left = _best(left, [(float(votes.get(c.cluster, 0)), 0) for c in candidates])
-    left = _best(left, [(float(-c.n_tokens), 0) for c in candidates])
+    rates = [_rate(candidate, no_code) for candidate in candidates]
+    return _choose(range(len(candidates)), candidates, rates, seed)
+
+
+def _choose(
+    among: Sequence[int],
+    candidates: Sequence[Candidate],
+    rates: Sequence[tuple[float, int]],
+    seed: int,
+) -> int:
+    left = _best(among, rates.__getitem__)
+    if len(left) > 1:
+        left = _best(left, lambda i: candidates[i].cluster is not None)
+    if len(left) > 1:
+        votes = Counter(candidates[i].cluster for i in left)
+        left = _best(left, lambda i: votes[candidates[i].cluster])
+    if len(left) > 1:
+        left = _best(left, lambda i: -candidates[i].n_tokens)
     return left[0] if len(left) == 1 else Random(seed).choice(left)
 
 
@@ -117,9 +128,10 @@ def _rate(candidate: Candidate, no_code: NoCode) -> tuple[float, int]:
     return (1.0, 0) if no_code == "below-all-pass" else (float(no_code), 1)
 
 
-def _best(left: Sequence[int], score: Sequence[tuple[float, int]]) -> list[int]:
-    top = max(score[i] for i in left)
-    return [i for i in left if score[i] == top]
+def _best(left: Sequence[int], score: Callable[[int], Any]) -> list[int]:
+    scores = [score(i) for i in left]
+    top = max(scores)
+    return [i for i, found in zip(left, scores, strict=True) if found == top]
 
 
 def best_of_k(
@@ -138,10 +150,8 @@ def best_of_k(
         subsets = list(combinations(range(n), k))
     else:
         subsets = [sorted(random.sample(range(n), k)) for _ in range(SUBSETS)]
-    hits = [
-        right[subset[choose([candidates[i] for i in subset], random.getrandbits(32), no_code)]]
-        for subset in subsets
-    ]
+    rates = [_rate(candidate, no_code) for candidate in candidates]
+    hits = [right[_choose(s, candidates, rates, random.getrandbits(32))] for s in subsets]
     return sum(hits) / len(hits)
 
 

