@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from rl.packing import TrainRow
 
@@ -28,6 +28,20 @@ def missing() -> str | None:
     if importlib.util.find_spec(NAME) is not None:
         return None
     return f"no package {NAME}: pip install 'tirgen[bench]'"
+
+
+class Spent(NamedTuple):
+    """Seconds by the clock and of this process's CPUs; `Spent.now()` are two clocks to subtract."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Spent:
+        return cls(time.perf_counter(), time.process_time())
+
+    def less(self, other: Spent) -> Spent:
+        return Spent(self.wall - other.wall, self.cpu - other.cpu)
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ def serve(
     threads: int,
 ) -> None:
     """Train `steps` steps of all `rows`; each begins when something comes through the pipe, and
-    ends with its seconds going back. Then goes what its own log says of the first loss, and the
+    ends with its `Spent` going back. Then goes what its own log says of the first loss, and the
     bytes of memory that training took at its peak.
     """
     import resource
@@ -94,15 +108,15 @@ def _clock(pipe: Connection, trainer: Any) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        began = 0.0
+        began = Spent(0.0, 0.0)
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             pipe.recv()
-            trainer.aside = 0.0
-            self.began = time.perf_counter()
+            trainer.aside = Spent(0.0, 0.0)
+            self.began = Spent.now()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            pipe.send(time.perf_counter() - self.began - trainer.aside)
+            pipe.send(Spent.now().less(self.began).less(trainer.aside))
 
     return Clock()
 
@@ -144,12 +158,12 @@ def _grpo(
     }
 
     class Timed(GRPOTrainer):  # type: ignore[misc]
-        aside = 0.0
+        aside = Spent(0.0, 0.0)
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
-            began = time.perf_counter()
+            began = Spent.now()
             found = super()._generate_and_score_completions(inputs)
-            self.aside += time.perf_counter() - began
+            self.aside = Spent.now().less(began)  # once a step
             return found
 
     def rewards(completions: Sequence[Any], **_: Any) -> list[float]:
