@@ -32,7 +32,7 @@ from sqlalchemy import func, select
 from rl.evaluation import benchmarks, report, results, runs
 from rl.evaluation.figures import Figure, Settings, figures, ratios
 from rl.evaluation.intervals import compare, interval
-from rl.evaluation.plan import Asked, plan
+from rl.evaluation.plan import NANO_SETTINGS, Asked, plan
 from rl.evaluation.results import Question, Results
 from shared.store import Database, EmbeddedPostgres, migrate
 from shared.store.models import RunRow, TrajectoryRow
@@ -108,7 +108,11 @@ def strategies(db: Database, label: str, options: argparse.Namespace) -> None:
         for seed in range(options.seeds):
             [planned] = plan(
                 f"{name}, seed {seed}",
-                Asked(model=options.model, settings=(*settings, f"seed={seed}", *options.settings)),
+                Asked(
+                    model=options.model,
+                    values=NANO_SETTINGS,
+                    settings=(*settings, f"seed={seed}", *options.settings),
+                ),
                 [benchmarks.find("nano")],
                 limit=options.problems or 200,
             )

@@ -64,7 +64,7 @@ def run(config: TrainConfig, session: Session, *, resume: bool) -> None:
         finally:
             thread.call(stack.aclose())
     if finished:
-        session.export(engine, tokenizer)
+        session.export(engine, tokenizer, config.model)
 
 
 async def _open(

@@ -25,8 +25,9 @@ from rich.progress import (
 )
 
 from rl.checkpoint import Checkpoints, Made
-from rl.config import Common
+from rl.config import Common, ModelConfig
 from rl.engine import Engine
+from rl.folder import describe
 from rl.model import Policy, save_adapters, save_model
 from rl.render import Renderer
 from rl.world import World
@@ -98,12 +99,19 @@ class Session:
         if self.job is not None:
             self.job.checkpoint(step, path)
 
-    def export(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """The model as a Hugging Face folder, `OUT/model`; of LoRA, `OUT/adapters` as well."""
+    def export(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, asked: ModelConfig | None = None
+    ) -> Path:
+        """The model as a Hugging Face folder, `OUT/model`; of LoRA, `OUT/adapters` as well.
+
+        `asked`: the prompts that it was trained with, for the folder to say.
+        """
         folder, lm = self.out / "model", engine.policy.lm
         state = engine.state_dict()
         if self.world.is_first:
             save_model(lm, tokenizer, state, folder)
+            if asked is not None:
+                describe(folder, prompts=asked.prompts, thinking=asked.thinking)
         if hasattr(lm, "peft_config"):
             adapters = engine.adapters()
             if self.world.is_first:

@@ -83,7 +83,7 @@ def train(
             if stopping:
                 session.ends_early()
                 return
-    session.export(engine, tokenizer)
+    session.export(engine, tokenizer, config.model)
 
 
 def train_window(config: SftConfig, engine: Engine, window: Window) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """From what a user asks for to the evaluations that are made: names, configurations, problems.
 
 `--model nano` is the packaged policy, with the prompts and the context that it was trained with. A
-folder that our trainer exported says the same of itself (`tirgen.json`).
+folder that our trainer exported says the same of itself (rl/folder.py).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from rl.evaluation import benchmarks
 from rl.evaluation.benchmarks import Loaded
 from rl.evaluation.config import EvaluationConfig, build
 from rl.evaluation.engines import digest
+from rl.folder import described
 from shared.config import merge
 from shared.errors import ConfigError, InputError
 from shared.problems import NANO, packaged_problems
 from shared.trajectory import Problem
 
-FOLDER_SAYS = "tirgen.json"
 SWEPT = {"n_corr": "correction.n_corr", "l_suf": "correction.l_suf",
          "strategy": "correction.strategy", "calls": "budgets.calls", "seed": "seed",
          "temperature": "policy.temperature"}  # fmt: skip
 
-_NANO: Mapping[str, Any] = {
+NANO_SETTINGS: Mapping[str, Any] = {
     "policy": {"prompts": "compact", "dtype": "fp32", "temperature": 1.0, "top_k": -1},
     "budgets": {"tokens": 640, "context": 1000},
     "correction": {"l_suf": 6},  # about a quarter of the median thought
@@ -173,16 +173,9 @@ def _folder(name: str) -> Path | None:
 def _of_folder(name: str) -> dict[str, Any]:
     """Settings that a folder asks for: those of nano, or what the trainer wrote beside weights."""
     if name == NANO:
-        return json.loads(json.dumps(_NANO))  # type: ignore[no-any-return]
-    path = Path(name) / FOLDER_SAYS
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        policy = {key: found[key] for key in ("prompts", "thinking") if key in found}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"it cannot be read: {error}", where=str(path)) from error
-    return {"policy": policy}
+        return json.loads(json.dumps(NANO_SETTINGS))  # type: ignore[no-any-return]
+    policy = described(Path(name))
+    return {"policy": policy} if policy else {}
 
 
 def _check_name(name: str) -> None:

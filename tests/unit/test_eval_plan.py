@@ -13,6 +13,7 @@ from rl.evaluation import benchmarks
 from rl.evaluation.config import differences
 from rl.evaluation.engines import digest
 from rl.evaluation.plan import Asked, plan, points
+from rl.folder import describe
 from shared.errors import ConfigError, InputError
 
 NANO = [benchmarks.find("nano")]
@@ -29,7 +30,7 @@ def test_nano_brings_its_own_prompts_and_context() -> None:
 
 
 def test_what_the_trainer_wrote_beside_the_weights_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "tirgen.json").write_text('{"prompts": "compact", "thinking": true}')
+    describe(tmp_path, prompts="compact", thinking=True)
     policy = plan("e", Asked(model=str(tmp_path)), NANO, limit=1)[0].config.policy
     assert (policy.prompts, policy.thinking) == ("compact", True)
     (tmp_path / "tirgen.json").write_text("[")
