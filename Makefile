@@ -18,7 +18,7 @@ demo: $(VENV)/.service
 	$(BIN)/tirgen generate nano --limit 320 --run-prefix demo
 
 test: $(VENV)/.dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
