@@ -119,14 +119,16 @@ def mutants(answer: str) -> Iterator[tuple[str, str]]:
     if inner and r"\infty" not in bare:
         sign = "-" if inner[0] == "+" else "+"
         yield "inner sign", bare[: inner.start()] + sign + bare[inner.end() :]
-    if not words and not re.search(r"[,=<>:\[\]{}]|\\(?:le|ge|in|cup|pm)", bare):
+    if not words and not re.search(r"[,=<>:\[\]{}]|\\(?:le|ge|in|cup|pm)|^[0.]+$", bare):
         yield "sign", bare[1:] if bare.startswith("-") else f"-({bare})"
         yield "factor", f"2({bare})"
     names = re.findall(r"(?<![A-Za-z\\_.])([a-df-hj-z])(?![A-Za-z(.])", bare)
     if names and not words:
         name = draw.choice(names)
         new = "q" if name != "q" else "p"
-        yield "variable", re.sub(rf"(?<![A-Za-z\\]){name}(?![A-Za-z])", new, bare, count=1)
+        constant = re.search(rf"\({name}\)\s*=", bare) and name not in bare.partition("=")[2]
+        if not constant:  # f(x) = 1 is f(q) = 1
+            yield "variable", re.sub(rf"(?<![A-Za-z\\]){name}(?![A-Za-z])", new, bare, count=1)
     pair = re.fullmatch(r"(?:\\left)?\s*([\[(])([^,]*),([^,]*?)(?:\\right)?\s*([\])])", bare)
     if pair:
         opening, closing = ("[" if pair[1] == "(" else "("), (")" if pair[4] == "]" else "]")
