@@ -241,7 +241,8 @@ def rl_step(rounds: int) -> None:
         finally:
             db.close()
             server.stop()
-        lines = [json.loads(line) for line in open(f"{home}/out/metrics.jsonl")][1:]  # noqa: PTH123, SIM115
+        text = Path(home, "out/metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()][1:]  # the first one warms up
     whole = statistics.median(line["time/round"] for line in lines)
     for key in sorted(
         {key for line in lines for key in line if key.startswith(("time/", "speed/"))}
