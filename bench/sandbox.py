@@ -183,17 +183,24 @@ def beside_the_best_that_isolates(sandbox: Sandbox, rounds: int) -> None:
 
 
 def deep_session(sandbox: Sandbox, n: int) -> None:
-    """One cell on a chain of 30, again and again from the same state."""
+    """One cell on a chain of 30: the next of the chain, and one that is then taken back, again and
+    again from the same state."""
+    onwards, again = [], []
     with sandbox.session() as cells:
         for i in range(DEEP):
             assert cells.run(f"x{i} = {i}").outcome is Outcome.NO_OUTPUT
-        times = []
         for _ in range(n):
-            times.append(timed(lambda: cells.run("print(x29)")))
+            again.append(timed(lambda: cells.run("print(x29)")))
             cells.rollback(1)
-    for share in (0.5, 0.95, 0.99):
-        value = quantile(times, share) * 1e3
-        emit(f"cell on a chain of {DEEP}, p{share * 100:.0f}", value, "ms", n=n)
+        for _ in range(n):
+            onwards.append(timed(lambda: cells.run("print(x29)")))
+            if cells.depth == 2 * DEEP:
+                cells.rollback(DEEP)
+                cells.run("print(x29)")  # the first after a rollback is of the other kind
+    for what, times in (("", onwards), (", taken back each time", again)):
+        for share in (0.5, 0.95, 0.99):
+            value = quantile(times, share) * 1e3
+            emit(f"cell on a chain of {DEEP}{what}, p{share * 100:.0f}", value, "ms", n=n)
 
 
 def idle(sandbox: Sandbox, seconds: float = 5.0) -> None:

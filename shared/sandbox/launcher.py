@@ -24,7 +24,7 @@ from shared.sandbox.packets import receive, send
 from shared.sandbox.result import Tier
 from shared.sandbox.watch import End, LostError
 
-RUNS_PER_ZYGOTE = 2000  # then it is replaced: whatever a kernel object leaks does not add up
+RUNS_PER_ZYGOTE = 20_000  # then it is replaced: whatever a kernel object leaks does not add up
 GROWTH = 128 * MIB  # of a zygote's own memory, then it is replaced
 _READY = 120.0  # seconds until a new zygote has imported and warmed everything
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # fork wants one thread
