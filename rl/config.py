@@ -26,7 +26,9 @@ from shared.sandbox.result import Tier
 from shared.trajectory import content_hash
 
 # Where a job writes and whom it tells changes nothing about what it computes.
-NOT_IDENTITY = ("log", "checkpoint", "data.url", "rollout.base_url", "rollout.save_to")
+NOT_IDENTITY = (
+    "log", "checkpoint", "data.url", "rollout.base_url", "rollout.save_to", "rollout.sleep",
+)  # fmt: skip
 
 
 class Lora(Section):
@@ -167,6 +169,11 @@ class RolloutConfig(Section):
     save_to: str | None = Field(
         default=None, description="http: folder for new weights that the server can read too."
     )
+    sleep: bool = Field(
+        default=False,
+        description="http: vLLM (--enable-sleep-mode) on the trainer's own GPU gives up its memory "
+        "while the policy is trained.",
+    )
     slots: int = Field(default=64, ge=1, description="local: sequences at once.")
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -187,6 +194,8 @@ class RolloutConfig(Section):
     def _address(self) -> RolloutConfig:
         if self.engine == "http" and not (self.base_url and self.save_to):
             raise ValueError("engine = 'http' needs base_url and save_to")
+        if self.sleep and (self.engine != "http" or self.overlap):
+            raise ValueError("sleep needs engine = 'http', and overlap = false: one or the other")
         if self.engine == "http" and self.temperature != 1:
             raise ValueError("a server tells log-probabilities at temperature 1 only; sample at 1")
         if self.top_p != 1.0 or self.top_k != -1:

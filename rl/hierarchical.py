@@ -123,8 +123,13 @@ class _Trainer:
                 buffer = ahead = None
                 if config.rollout.overlap and number + 1 < total:
                     ahead = self.thread.start(self.sampler.rollout(number + 1, cursor))
-                with clock("update"):
+                with clock("wait"):
                     rows = self.world.concatenated(now.rows)
+                if config.rollout.sleep:
+                    with clock("sync"):
+                        self.rollouts.sleep()  # every rank has sampled: it gave its rows
+                        self.world.barrier()  # and none trains before the memory is free
+                with clock("update"):
                     seed = seeds.derive(config.seed, "deal", number)
                     steps = update(config, self.engine, rows, seed)
                 if ahead is not None:

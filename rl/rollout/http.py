@@ -4,7 +4,8 @@ The server has to speak vLLM's token-id prompts, `return_token_ids` and `logprob
 travel through a folder that both can read: they are written there as Hugging Face files while the
 server still works, and then it is told to load them (`/pause`, `/collective_rpc reload_weights`,
 `/reset_prefix_cache`, `/resume`; vLLM has these with VLLM_SERVER_DEV_MODE=1, nano's server with
---dev). The pause waits for what is under way, so that no reply is of two versions.
+--dev). The pause waits for what is under way, so that no reply is of two versions. A server that
+shares the trainer's GPU sleeps in between (`rollout.sleep`): it gives up its weights and its cache.
 
 vLLM tells log-probabilities at temperature 1 and before top-k and top-p (its default). So they are
 passed on only where that is the distribution that was sampled from; elsewhere there are none.
@@ -85,9 +86,16 @@ class HttpReceiver:
     dtype: torch.dtype | None = None  # as they come
 
     def __init__(
-        self, engine: HttpEngine, model: Path, save_to: Path, *, bucket: int = BUCKET
+        self,
+        engine: HttpEngine,
+        model: Path,
+        save_to: Path,
+        *,
+        bucket: int = BUCKET,
+        sleeps: bool = False,
     ) -> None:
         self.engine, self.model, self.save_to, self.bucket = engine, model, save_to, bucket
+        self.sleeps = sleeps
         self._held: dict[str, Tensor] = {}  # not yet written
         self._head: Tensor | None = None
         self._files: dict[str, str] = {}  # where each tensor is
@@ -136,12 +144,22 @@ class HttpReceiver:
         folder = (self.save_to / f"weights-{version % 2}").resolve()
         shutil.rmtree(folder, ignore_errors=True)
         self._part.rename(folder)
-        self._post("/pause?mode=wait")
+        asleep = self.sleeps and self._is_asleep()
+        self._post("/wake_up?tags=weights" if asleep else "/pause?mode=wait")
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._post("/collective_rpc", call)
         self._post("/reset_prefix_cache")
         self.engine.version, self._saved = version, folder
-        self._post("/resume")
+        self._post("/wake_up?tags=kv_cache" if asleep else "/resume")
+
+    def sleep(self) -> None:
+        """Have the server give up the memory of its weights and its cache until new weights come.
+        Until then it answers nothing. For `sleeps` only; a job that is killed meanwhile finds it
+        asleep and wakes it with its first weights."""
+        self._post("/sleep?level=2&mode=wait")
+
+    def _is_asleep(self) -> bool:
+        return bool(self._ask("GET", "/is_sleeping").json()["is_sleeping"])
 
     def abandon_update(self, why: str) -> None:
         """What was not loaded is thrown away. A server that failed to load stays paused."""
@@ -175,9 +193,12 @@ class HttpReceiver:
         (self._part / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
     def _post(self, path: str, body: Mapping[str, object] | None = None) -> None:
+        self._ask("POST", path, json=body or {})
+
+    def _ask(self, method: str, path: str, **content: object) -> httpx2.Response:
         where = f"{self._client.base_url}{path}"
         try:
-            reply = self._client.post(path, json=body or {})
+            reply = self._client.request(method, path, **content)
             reply.raise_for_status()
         except httpx2.HTTPStatusError as error:
             raise EndpointError(
@@ -192,3 +213,4 @@ class HttpReceiver:
                 kind="unreachable", retryable=False, where=where,
                 remedy="start it, or correct rollout.base_url",
             ) from error  # fmt: skip
+        return reply

@@ -39,6 +39,12 @@ class Rollouts:
         if self.receiver is None and isinstance(self.engine, HttpEngine):
             self.engine.version = version
 
+    def sleep(self) -> None:
+        """Have a server that shares the trainer's memory give it up until the next update. Only
+        when no rank samples any more."""
+        if isinstance(self.receiver, HttpReceiver) and self.receiver.sleeps:
+            self.receiver.sleep()
+
 
 @asynccontextmanager
 async def open_engine(
@@ -84,7 +90,7 @@ async def open_engine(
         if not world.is_first:
             yield Rollouts(engine, None)
             return
-        receiver = HttpReceiver(engine, model, Path(chosen.save_to))
+        receiver = HttpReceiver(engine, model, Path(chosen.save_to), sleeps=chosen.sleep)
         try:
             yield Rollouts(engine, receiver)
         finally:

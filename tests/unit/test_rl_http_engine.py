@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -280,3 +281,57 @@ def test_a_server_without_the_routes_says_how_to_get_them(
         receiver.begin_update()
     assert error.value.kind == "unreachable"
     receiver.close()
+
+
+class SleepyServer:
+    """The rules of --enable-sleep-mode, as in EngineCore of vLLM: weights are loaded into memory
+    that is awake, and the scheduler goes on when all of it is."""
+
+    def __init__(self) -> None:
+        self.awake = {"weights", "kv_cache"}
+        self.paused = False
+        self.loaded: list[str] = []
+
+    def __call__(self, path: str, body: Any) -> Reply:
+        route, _, query = path.partition("?")
+        if route == "/is_sleeping":
+            return ok({"is_sleeping": self.paused or len(self.awake) < 2})
+        if route == "/sleep":
+            assert query == "level=2&mode=wait"
+            self.awake.clear()
+        elif route == "/wake_up":
+            self.awake.add(query.removeprefix("tags="))
+            self.paused = False
+        elif route in ("/pause", "/resume"):  # of the scheduler alone: nothing wakes by it
+            self.paused = route == "/pause"
+        elif route == "/collective_rpc":
+            if "weights" not in self.awake:
+                return Reply(b"no memory to load into", status=500)
+            self.loaded.append(body["kwargs"]["weights_path"])
+        return ok({})
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["", "by a job that was killed meanwhile"])
+def test_a_server_that_was_put_to_sleep_wakes_with_new_weights(
+    renderer: Renderer, tmp_path: Path, killed: bool
+) -> None:
+    """It has its weights' memory before they are loaded, and is wholly awake after. Controls: a
+    receiver that does not know of sleep cannot load; an update of a server that is awake pauses."""
+    server = SleepyServer()
+    with FakeEndpoint(server) as fake:
+        engine = HttpEngine(
+            Endpoint(EndpointConfig(base_url=fake.base_url, model="policy")), eos={renderer.eos}
+        )
+        receiver = HttpReceiver(engine, WEIGHTS, tmp_path, sleeps=True)
+        sync(weights(model()), receiver, 1)
+        receiver.sleep()
+        assert server.awake == set()
+        ignorant = HttpReceiver(engine, WEIGHTS, tmp_path)
+        with pytest.raises(EndpointError, match="no memory to load into"):
+            sync(weights(model()), ignorant, 2)
+        if killed:
+            receiver = HttpReceiver(engine, WEIGHTS, tmp_path, sleeps=True)
+        sync(weights(model()), receiver, 2)
+        assert (server.awake, server.paused) == ({"weights", "kv_cache"}, False)
+        assert [Path(folder).name for folder in server.loaded] == ["weights-1", "weights-0"]
+        assert engine.version == 2
