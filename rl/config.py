@@ -28,6 +28,7 @@ from shared.trajectory import content_hash
 # Where a job writes and whom it tells changes nothing about what it computes.
 NOT_IDENTITY = (
     "log", "checkpoint", "data.url", "rollout.base_url", "rollout.save_to", "rollout.sleep",
+    "rollout.transfer",
 )  # fmt: skip
 
 
@@ -166,8 +167,11 @@ class RolloutConfig(Section):
     engine: Literal["local", "http"] = "local"
     base_url: str | None = Field(default=None, description="http: a vLLM or nano server, /v1.")
     served_model: str = Field(default="policy", description="http: its name there.")
+    transfer: Literal["folder", "nccl"] = Field(
+        default="folder", description="http: how new weights get there; nccl is from GPU to GPU."
+    )
     save_to: str | None = Field(
-        default=None, description="http: folder for new weights that the server can read too."
+        default=None, description="folder: one that the server can read too."
     )
     sleep: bool = Field(
         default=False,
@@ -192,8 +196,10 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _address(self) -> RolloutConfig:
-        if self.engine == "http" and not (self.base_url and self.save_to):
-            raise ValueError("engine = 'http' needs base_url and save_to")
+        if self.engine == "http" and not self.base_url:
+            raise ValueError("engine = 'http' needs base_url")
+        if self.engine == "http" and self.transfer == "folder" and not self.save_to:
+            raise ValueError("transfer = 'folder' needs save_to, a folder that the server can read")
         if self.sleep and (self.engine != "http" or self.overlap):
             raise ValueError("sleep needs engine = 'http', and overlap = false: one or the other")
         if self.engine == "http" and self.temperature != 1:

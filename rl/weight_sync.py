@@ -7,9 +7,9 @@ The trainer's side is a model of any kind: plain, in a DeepSpeed engine with who
 gathered at a time. LoRA adapters are merged into a copy of the weight they belong to. Tied weights
 are sent once, under the first of their names.
 
-The engine's side is a `Receiver`: `rl.rollout.LocalEngine` (a copy in memory) or
-`rl.rollout.HttpEngine` (a folder that the server reloads). Both drop what they cached of the old
-weights. Sending over NCCL or CUDA IPC is not built: nothing here could prove it.
+The engine's side is a `Receiver`: `rl.rollout.LocalEngine` (a copy in memory), or one of
+rl/rollout/transfer.py for a server (files that it loads, or broadcasts from GPU to GPU). All drop
+what they cached of the old weights.
 
 All of it blocks, and may be called from any thread but an event loop's: gathering parameters is a
 collective, which belongs to the trainer's thread.

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.config import Section, leaves, merge, merge_settings, parse, read_file
 from shared.endpoints import EndpointConfig, Sampling
+from shared.endpoints.config import NOT_IDENTITY as ENDPOINT_NOT_IDENTITY
 from shared.episode_records import Correction, EpisodeSettings
 from shared.prompts import Profile, version
 from shared.sandbox.observation import Style
@@ -25,10 +26,7 @@ from shared.trajectory import content_hash
 NOT_IDENTITY = frozenset(
     f"{role}.{name}"
     for role in ("policy.endpoint", "judge.endpoint")
-    for name in (
-        "base_url", "api_key_env", "concurrency", "timeout", "connect_timeout", "deadline",
-        "max_retries",
-    )
+    for name in ENDPOINT_NOT_IDENTITY
 ) | {"tool.minimum_tier", "tool.sandbox_url", "in_flight", "policy.slots", "policy.model",
      "policy.tokenizer", "benchmark.source", "benchmark.title"}  # fmt: skip
 

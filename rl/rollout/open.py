@@ -17,8 +17,9 @@ from torch import Tensor
 from rl.config import TrainConfig
 from rl.model import load_model
 from rl.render import Renderer
-from rl.rollout.http import HttpEngine, HttpReceiver
+from rl.rollout.http import HttpEngine
 from rl.rollout.local import LocalEngine
+from rl.rollout.transfer import BroadcastReceiver, Control, FolderReceiver, NcclGroup
 from rl.weight_sync import Receiver, sync
 from rl.world import World
 from shared.endpoints import Endpoint, EndpointConfig
@@ -31,6 +32,7 @@ class Rollouts:
 
     engine: LocalEngine | HttpEngine
     receiver: Receiver | None
+    control: Control | None = None  # of the server, on the rank that has a receiver
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int, world: World) -> None:
         """Go on sampling with these weights. Every rank calls it; returns when all have them."""
@@ -42,8 +44,8 @@ class Rollouts:
     def sleep(self) -> None:
         """Have a server that shares the trainer's memory give it up until the next update. Only
         when no rank samples any more."""
-        if isinstance(self.receiver, HttpReceiver) and self.receiver.sleeps:
-            self.receiver.sleep()
+        if self.control is not None and self.control.sleeps:
+            self.control.sleep()
 
 
 @asynccontextmanager
@@ -73,7 +75,6 @@ async def open_engine(
             local.close()
         return
     assert chosen.base_url is not None
-    assert chosen.save_to is not None
     model = Path(config.model.path)
     if not (model / "config.json").exists():
         raise ConfigError(
@@ -90,8 +91,14 @@ async def open_engine(
         if not world.is_first:
             yield Rollouts(engine, None)
             return
-        receiver = HttpReceiver(engine, model, Path(chosen.save_to), sleeps=chosen.sleep)
+        control = Control(engine, sleeps=chosen.sleep)
+        receiver: Receiver
+        if chosen.transfer == "nccl":
+            receiver = BroadcastReceiver(control, NcclGroup())
+        else:
+            assert chosen.save_to is not None
+            receiver = FolderReceiver(control, model, Path(chosen.save_to))
         try:
-            yield Rollouts(engine, receiver)
+            yield Rollouts(engine, receiver, control)
         finally:
-            receiver.close()
+            control.close()

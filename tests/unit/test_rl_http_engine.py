@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rl.render import Renderer
-from rl.rollout.http import HttpEngine, HttpReceiver
+from rl.rollout.http import HttpEngine
+from rl.rollout.transfer import Control, FolderReceiver
 from rl.weight_sync import sync, weights
 from shared.endpoints import Endpoint, EndpointConfig, Sampling
 from shared.errors import EndpointError
@@ -126,10 +126,10 @@ def test_new_weights_are_what_it_samples_from(
         address = EndpointConfig(base_url=served.process.url, model="policy")
         async with Endpoint(address) as endpoint:
             engine = HttpEngine(endpoint, eos={renderer.eos})
-            receiver = HttpReceiver(engine, served.folder, tmp_path)
+            receiver = FolderReceiver(Control(engine), served.folder, tmp_path)
             done = await asyncio.to_thread(sync, weights(lm), receiver, version)
             assert done.version == engine.version == version
-            receiver.close()
+            receiver.control.close()
             return await engine.generate(prompt, FREE, seed=version, key="k")
 
     previous = model()
@@ -150,7 +150,7 @@ def test_weights_in_several_files_are_the_same_weights(
     engine = HttpEngine(
         Endpoint(EndpointConfig(base_url=served.process.url, model="policy")), eos={renderer.eos}
     )
-    receiver = HttpReceiver(engine, served.folder, tmp_path, bucket=2**20)
+    receiver = FolderReceiver(Control(engine), served.folder, tmp_path, bucket=2**20)
     held = []
 
     def watched() -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,7 +159,7 @@ def test_weights_in_several_files_are_the_same_weights(
             yield name, tensor
 
     sync(watched(), receiver, 4)
-    receiver.close()
+    receiver.control.close()
     folder = tmp_path / "weights-0"
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(files) > 3
@@ -172,7 +172,7 @@ def test_weights_in_several_files_are_the_same_weights(
     (made,) = sample(served.process.url, renderer)
     told = torch.tensor(made.logprobs, dtype=torch.float64)
     assert (told - by_torch(lm, prompt, made)).abs().max() < 1e-3
-    sync(weights(model()), HttpReceiver(engine, served.folder, tmp_path), 5)
+    sync(weights(model()), FolderReceiver(Control(engine), served.folder, tmp_path), 5)
 
 
 def test_what_is_under_way_ends_with_the_old_weights(
@@ -187,7 +187,7 @@ def test_what_is_under_way_ends_with_the_old_weights(
         address = EndpointConfig(base_url=served.process.url, model="policy")
         async with Endpoint(address) as endpoint:
             engine = HttpEngine(endpoint, eos={renderer.eos}, version=0)
-            receiver = HttpReceiver(engine, served.folder, tmp_path)
+            receiver = FolderReceiver(Control(engine), served.folder, tmp_path)
             made: list[Generated] = []
 
             async def ask(seed: int) -> None:
@@ -202,7 +202,7 @@ def test_what_is_under_way_ends_with_the_old_weights(
             await update
             await asyncio.gather(*tasks, ask(999))
             await asyncio.to_thread(sync, weights(old), receiver, 2)
-            receiver.close()
+            receiver.control.close()
             return made
 
     def off(lm: torch.nn.Module, made: Generated) -> float:
@@ -229,15 +229,15 @@ def test_weights_of_another_model_are_refused_and_the_old_ones_stay(
     other = make_model(tmp_path / "other")
     before = sample(served.process.url, renderer)
     for folder, why in ((other, "another model"), (tmp_path / "nowhere", "cannot read")):
-        receiver = HttpReceiver(engine, served.folder, tmp_path)
+        receiver = FolderReceiver(Control(engine), served.folder, tmp_path)
         with pytest.raises(EndpointError, match=why):
-            receiver._post(
+            receiver.control.post(
                 "/collective_rpc",
                 {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
             )
         with pytest.raises(EndpointError, match="mode=wait"):
-            receiver._post("/pause")  # vLLM's default would abort what is under way
-        receiver.close()
+            receiver.control.post("/pause")  # vLLM's default would abort what is under way
+        receiver.control.close()
     assert sample(served.process.url, renderer) == before
 
 
@@ -271,67 +271,13 @@ def test_a_server_without_the_routes_says_how_to_get_them(
     with FakeEndpoint(lambda path, body: Reply(b"no such route", status=404)) as fake:
         config = EndpointConfig(base_url=fake.base_url, model="policy")
         engine = HttpEngine(Endpoint(config), eos={renderer.eos})
-        receiver = HttpReceiver(engine, WEIGHTS, tmp_path)
+        receiver = FolderReceiver(Control(engine), WEIGHTS, tmp_path)
         with pytest.raises(EndpointError, match="404") as error:
             receiver.begin_update()
         assert "VLLM_SERVER_DEV_MODE" in str(error.value)
-        receiver.close()
-    receiver = HttpReceiver(engine, WEIGHTS, tmp_path)
+        receiver.control.close()
+    receiver = FolderReceiver(Control(engine), WEIGHTS, tmp_path)
     with pytest.raises(EndpointError) as error:
         receiver.begin_update()
     assert error.value.kind == "unreachable"
-    receiver.close()
-
-
-class SleepyServer:
-    """The rules of --enable-sleep-mode, as in EngineCore of vLLM: weights are loaded into memory
-    that is awake, and the scheduler goes on when all of it is."""
-
-    def __init__(self) -> None:
-        self.awake = {"weights", "kv_cache"}
-        self.paused = False
-        self.loaded: list[str] = []
-
-    def __call__(self, path: str, body: Any) -> Reply:
-        route, _, query = path.partition("?")
-        if route == "/is_sleeping":
-            return ok({"is_sleeping": self.paused or len(self.awake) < 2})
-        if route == "/sleep":
-            assert query == "level=2&mode=wait"
-            self.awake.clear()
-        elif route == "/wake_up":
-            self.awake.add(query.removeprefix("tags="))
-            self.paused = False
-        elif route in ("/pause", "/resume"):  # of the scheduler alone: nothing wakes by it
-            self.paused = route == "/pause"
-        elif route == "/collective_rpc":
-            if "weights" not in self.awake:
-                return Reply(b"no memory to load into", status=500)
-            self.loaded.append(body["kwargs"]["weights_path"])
-        return ok({})
-
-
-@pytest.mark.parametrize("killed", [False, True], ids=["", "by a job that was killed meanwhile"])
-def test_a_server_that_was_put_to_sleep_wakes_with_new_weights(
-    renderer: Renderer, tmp_path: Path, killed: bool
-) -> None:
-    """It has its weights' memory before they are loaded, and is wholly awake after. Controls: a
-    receiver that does not know of sleep cannot load; an update of a server that is awake pauses."""
-    server = SleepyServer()
-    with FakeEndpoint(server) as fake:
-        engine = HttpEngine(
-            Endpoint(EndpointConfig(base_url=fake.base_url, model="policy")), eos={renderer.eos}
-        )
-        receiver = HttpReceiver(engine, WEIGHTS, tmp_path, sleeps=True)
-        sync(weights(model()), receiver, 1)
-        receiver.sleep()
-        assert server.awake == set()
-        ignorant = HttpReceiver(engine, WEIGHTS, tmp_path)
-        with pytest.raises(EndpointError, match="no memory to load into"):
-            sync(weights(model()), ignorant, 2)
-        if killed:
-            receiver = HttpReceiver(engine, WEIGHTS, tmp_path, sleeps=True)
-        sync(weights(model()), receiver, 2)
-        assert (server.awake, server.paused) == ({"weights", "kv_cache"}, False)
-        assert [Path(folder).name for folder in server.loaded] == ["weights-1", "weights-0"]
-        assert engine.version == 2
+    receiver.control.close()
