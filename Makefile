@@ -1,5 +1,6 @@
 # make demo   set up, generate vetted trajectories from packaged problems, show the result
 # make test   set up, lint, type-check, run the tests
+# make chaos  the long run through faults: hundreds of them over thousands of items
 # The environment is .venv; both targets build what they need of it first.
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP := UV_COMPILE_BYTECODE=1 $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test lint setup bench requirements clean
+.PHONY: demo test chaos lint setup bench requirements clean
 
 setup: $(VENV)/.service
 
@@ -25,6 +26,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# 100 faults over 5000 items on each broker that is installed; needs namespaces, about 10 minutes each.
+chaos: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.acceptance.chaos.suite
 
 bench: $(VENV)/.dev
 	@for file in bench/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
@@ -48,8 +53,8 @@ $(VENV)/.dev: $(VENV)/.service requirements/dev.txt requirements/train.txt
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	--custom-compile-command "make requirements" pyproject.toml
 requirements: | $(BIN)/uv
-	$(COMPILE) --extra embedded --extra nano -o requirements/service.txt
-	$(COMPILE) --extra embedded --extra nano --extra parquet --extra plot --extra curation --extra hub --extra dev \
+	$(COMPILE) --extra embedded --extra nano --extra metrics --extra redis -o requirements/service.txt
+	$(COMPILE) --extra embedded --extra nano --extra metrics --extra redis --extra parquet --extra plot --extra curation --extra hub --extra dev \
 		-c requirements/service.txt -o requirements/dev.txt
 	$(COMPILE) --extra train -c requirements/dev.txt --override requirements/no-torch.txt \
 		-o requirements/train.txt

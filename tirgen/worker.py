@@ -11,12 +11,15 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from celery import signals
+
 from shared.endpoints import Endpoint, EndpointConfig, UsageMeter
 from shared.errors import EndpointError, SandboxError
 from shared.grading import Grader
 from shared.sandbox.backend import backend
 from shared.store.database import Database
 from shared.store.trajectories import Completed, RoleUsage
+from shared.telemetry import log_json
 from shared.version import code_version
 from shared.work import celery_app
 from shared.work.items import Failed, LeasedItem
@@ -30,15 +33,21 @@ from tirgen.runs import KIND, endpoints
 from tirgen.seeds import derive
 
 
-def serve(db: Database, processes: int) -> int:
-    """Be a Celery worker until SIGTERM, then drain; returns the exit code."""
+def serve(db: Database, processes: int, *, json_logs: bool = False, events: bool = False) -> int:
+    """Be a Celery worker until SIGTERM, then drain; returns the exit code.
+
+    `events`: send what Flower shows.
+    """
+    if json_logs:
+        log_json()
+        signals.setup_logging.connect(lambda **_: None, weak=False)  # Celery's own go there, too
     app = celery_app.make_app(db)
     celery_app.prepare_broker(db, app)
     celery_app.check_broker(app)
     celery_app.register_slices(
         app, db, KIND, generator, lambda run: SliceSettings(in_flight=_config(run).in_flight)
     )
-    return celery_app.run_worker(app, db, [KIND], processes)
+    return celery_app.run_worker(app, db, [KIND], processes, events=events)
 
 
 @asynccontextmanager

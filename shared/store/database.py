@@ -14,14 +14,33 @@ from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
-from sqlalchemy import URL, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, TimeoutError
+from sqlalchemy import URL, create_engine, event, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    TimeoutError,
+)
 from sqlalchemy.orm import Session
 
 from shared.errors import ConfigError, DatabaseError
 from shared.store.embedded import EmbeddedPostgres
 
 DRIVER = "postgresql+psycopg"
+# A server that vanished without a word (its host is down, the network is cut) is noticed after half
+# a minute, in a wait for it as well as in one that sends. Milliseconds, seconds, seconds, tries.
+KEEPALIVE = {
+    "tcp_user_timeout": 30_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+}
+# States in which PostgreSQL cannot be used, but which psycopg does not count as operational errors.
+UNUSABLE = {
+    "25P03",  # it has ended the connection: the transaction was idle for too long
+    "25006",  # it is read-only: a standby, which is about to take over or to be left
+}
 URL_REMEDY = "write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or leave it out"
 
 
@@ -69,7 +88,7 @@ class Database:
             pool_pre_ping=True,  # a restarted server costs no failed transaction
             pool_size=4,
             max_overflow=4,  # with a few processes per host, well below max_connections
-            connect_args={"connect_timeout": 10, "application_name": "tirgen"},
+            connect_args={"connect_timeout": 10, "application_name": "tirgen"} | KEEPALIVE,
         )
         # Connections of the parent must neither be used nor closed in a child.
         engine = weakref.ref(self.engine)
@@ -103,6 +122,22 @@ class Database:
         with self._wrapped(), Session(read_only, expire_on_commit=False) as session:
             yield session
 
+    def end_idle_transactions(self, seconds: float) -> None:
+        """From now on the server ends a transaction of ours that waits for us for so long.
+
+        A host that vanishes in the middle of one would else keep its locks for hours, the sweeper's
+        among them. For processes whose transactions are short.
+        """
+        milliseconds = str(int(seconds * 1000))
+
+        def limit(connection: psycopg.Connection[Any], record: object) -> None:
+            query = "SELECT set_config('idle_in_transaction_session_timeout', %s, false)"
+            connection.execute(query, (milliseconds,))
+            connection.commit()
+
+        event.listen(self.engine, "connect", limit)
+        self.engine.dispose()
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -110,7 +145,9 @@ class Database:
     def _wrapped(self) -> Iterator[None]:
         try:
             yield
-        except (OperationalError, InterfaceError, TimeoutError, psycopg.OperationalError) as error:
+        except (DBAPIError, TimeoutError, psycopg.OperationalError) as error:
+            if not _is_unusable(error):
+                raise
             raise DatabaseError(
                 f"PostgreSQL cannot be used: {str(getattr(error, 'orig', error)).strip()}",
                 where=self.location,
@@ -129,6 +166,12 @@ def _checked(url: str, name: str) -> URL:
         what = f"{name} names {parsed.drivername!r}; only PostgreSQL is supported"
         raise ConfigError(what, where=name, remedy=URL_REMEDY)
     return parsed.set(drivername=DRIVER)
+
+
+def _is_unusable(error: Exception) -> bool:
+    if not isinstance(error, DBAPIError) or isinstance(error, OperationalError | InterfaceError):
+        return True
+    return getattr(error.orig, "sqlstate", None) in UNUSABLE
 
 
 def _forget_connections(engine: Any) -> None:

@@ -36,13 +36,14 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy import func, select
 
 from shared.errors import BrokerError, ConfigError, DatabaseError
-from shared.store.database import Database
+from shared.store.database import KEEPALIVE, Database
 from shared.work import items, slots
 from shared.work.slices import OpenHandler, RunInfo, SliceSettings, slice_in_process
 from shared.work.slots import Bell
 
 VISIBILITY_TIMEOUT = 600  # seconds; far above the time from delivery to acknowledgement
 RING_SECONDS = 5.0
+IDLE_TRANSACTION_SECONDS = 60.0  # a worker's last no time; those of a host that vanished end then
 DRAIN_SECONDS = 30.0  # after the signal to stop: above SliceSettings.grace_seconds
 IDLE_SECONDS = 10.0  # after the last slice has ended; an orderly shutdown takes less
 PUBLISH_RETRIES: Mapping[str, float] = {
@@ -77,10 +78,13 @@ def make_app(db: Database, environ: Mapping[str, str] = os.environ) -> Celery:
         broker_pool_limit=2,
         task_ignore_result=True,
         task_acks_late=False,
+        # On a cluster of RabbitMQ the queue outlives the node that it was declared on.
+        task_create_missing_queue_type="quorum"
+        if url.startswith(("amqp", "pyamqp"))
+        else "classic",
         task_serializer="json",
         accept_content=["json"],
         worker_prefetch_multiplier=1,
-        worker_enable_remote_control=False,
         worker_proc_alive_timeout=60.0,  # a busy machine may take long to fork and start
         worker_hijack_root_logger=False,
     )
@@ -181,15 +185,19 @@ def run_worker(
     loglevel: str = "WARNING",
     upkeep: Upkeep = lambda idle: (),
     drain_seconds: float = DRAIN_SECONDS,
+    events: bool = False,
 ) -> int:
     """Work on these queues with so many processes, until SIGTERM or SIGINT; exit code.
 
     On the first of these, slices stop leasing, finish or give back what they hold, and end; what
     has not ended after `drain_seconds` is killed. `upkeep` is called every few seconds with the
-    number of idle processes, and returns what is to be sent.
+    number of idle processes, and returns what is to be sent. `events`: tell Flower and its like
+    what happens, and answer their questions; a broker with fanout is needed.
     """
     _stopping[0] = 0
+    db.end_idle_transactions(IDLE_TRANSACTION_SECONDS)
     warnings.simplefilter("ignore", SecurityWarning)  # of root and pickle; we accept JSON only
+    app.conf.worker_enable_remote_control = events
     ringer = _Ringer(app, db, lambda: upkeep(concurrency - len(worker_state.active_requests)))
 
     def stop(**_: Any) -> None:
@@ -212,7 +220,8 @@ def run_worker(
         hostname=f"{queues[0]}@%h",
         without_mingle=True,
         without_gossip=True,
-        without_heartbeat=True,
+        without_heartbeat=not events,
+        task_events=events,
     )
     try:
         worker.start()
@@ -260,6 +269,8 @@ class _Ringer(threading.Thread):
                 send(self.app, self.upkeep())
             except (DatabaseError, BrokerError) as error:
                 log.warning("%s", error)
+            except Exception:  # without this thread nothing is recovered any more
+                log.exception("the ringer goes on in spite of an error")
             self._end.wait(RING_SECONDS)
 
     def end(self) -> None:
@@ -314,7 +325,8 @@ def _pgmq_conninfo(conninfo: str) -> str:
     kept = {key: quoted.pop(key) for key in ("host", "port", "user", "password") if key in quoted}
     database = quoted.pop("dbname", "")
     others = [f"{key}={value}" for key, value in quoted.items()]
-    return make_conninfo(**kept, dbname=" ".join([database, *others, "connect_timeout=4"]))
+    patience = [f"{key}={value}" for key, value in (KEEPALIVE | {"connect_timeout": 4}).items()]
+    return make_conninfo(**kept, dbname=" ".join([database, *others, *patience]))
 
 
 def _within_broker(app: Celery, action: Callable[[], object]) -> None:

@@ -39,6 +39,7 @@ from shared.trajectory import Problem, clean
 
 MAX_FAILURES = 3  # attempts that failed by themselves
 MAX_KILLS = 10  # leases that ran out: a dead worker takes all its items with it, guilty or not
+SUSPECT_KILLS = 3  # from then on an item is worked on alone, so that it takes no other with it
 COMPLETE_BATCH = 200  # items per transaction of `complete_many`
 KILLED = "killed"  # error class of an item that outlived MAX_KILLS of its workers
 
@@ -88,7 +89,7 @@ _CREATE = text("""
 _LEASE = text("""
     WITH picked AS MATERIALIZED (
         SELECT id FROM work_items
-        WHERE run_id = :run_id AND state = 'queued'
+        WHERE run_id = :run_id AND state = 'queued' AND (kills >= :suspect_kills) = :suspect
             AND EXISTS (SELECT FROM runs WHERE id = :run_id AND state = 'running')
         ORDER BY attempt, id LIMIT :n FOR UPDATE SKIP LOCKED
     )
@@ -175,9 +176,16 @@ def create_items(
     return int(session.execute(counted, {"run_id": run_id}).scalar_one())
 
 
-def lease(db: Database, run_id: int, owner: str, n: int, seconds: float) -> list[LeasedItem]:
-    """Take up to `n` queued items of a running run for `seconds`, least tried first."""
-    values = {"run_id": run_id, "owner": owner, "n": n, "seconds": seconds}
+def lease(
+    db: Database, run_id: int, owner: str, n: int, seconds: float, *, suspect: bool = False
+) -> list[LeasedItem]:
+    """Take up to `n` queued items of a running run for `seconds`, least tried first.
+
+    With `suspect`, only of those whose lease has run out SUSPECT_KILLS times; otherwise none of
+    them. One of these may be what kills its workers: it must be the only one in flight there.
+    """
+    values = {"run_id": run_id, "owner": owner, "n": n, "seconds": seconds, "suspect": suspect}
+    values["suspect_kills"] = SUSPECT_KILLS
     with db.begin() as session:
         rows = session.execute(_LEASE, values).all()
         keys = {row.problem_key for row in rows}

@@ -19,15 +19,16 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from shared.errors import DatabaseError
 from shared.store.database import Database
-from shared.store.models import RunRow
+from shared.store.models import ItemState, RunRow
 from shared.store.trajectories import Completed
+from shared.telemetry import about
 from shared.work import items, slots
 from shared.work.items import Failed, LeasedItem, LeaseLost
 from shared.work.slots import Bell
@@ -86,10 +87,34 @@ async def run_slice(
     taken = await asyncio.to_thread(slots.take, db, bell, settings.lease_seconds)
     if taken is None:
         return None
-    async with open_handler(run) as handler:
-        await _Slice(db, taken, handler, settings, stopping).work()
+    with about(run=run.name, slot=bell.slot):
+        async with AsyncExitStack() as stack:
+            async with _kept(db, taken, settings):
+                handler = await stack.enter_async_context(open_handler(run))
+            if not await asyncio.to_thread(slots.keep, db, taken, settings.lease_seconds):
+                return None
+            await _Slice(db, taken, handler, settings, stopping).work()
     await asyncio.to_thread(items.finish, db, bell.run_id)
     return await asyncio.to_thread(slots.leave, db, taken)
+
+
+@asynccontextmanager
+async def _kept(db: Database, taken: Bell, settings: SliceSettings) -> AsyncIterator[None]:
+    """Keep the slot while the block runs: on a busy host a sandbox takes long to open, and a slot
+    that is given to another meanwhile is one in which nobody ever gets to work."""
+
+    async def keep() -> None:
+        while True:
+            await asyncio.sleep(settings.heartbeat_seconds)
+            with suppress(DatabaseError):  # the slice itself finds out, and says so
+                await asyncio.to_thread(slots.keep, db, taken, settings.lease_seconds)
+
+    keeper = asyncio.create_task(keep())
+    try:
+        yield
+    finally:
+        keeper.cancel()
+        await asyncio.wait([keeper])
 
 
 class _Slice:
@@ -105,6 +130,7 @@ class _Slice:
         self.stopping = stopping
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.tasks: dict[asyncio.Task[None], LeasedItem] = {}
+        self.alone = False  # what is in flight is suspected of killing its workers
 
     async def work(self) -> None:
         started = last_beat = time.monotonic()
@@ -117,7 +143,9 @@ class _Slice:
                     stop_at = now + self.settings.grace_seconds
                 if stop_at is not None and now >= stop_at:
                     return
-                leasing = stop_at is None and now < started + self.settings.slice_seconds
+                self.alone = self.alone and bool(self.tasks)
+                in_time = stop_at is None and now < started + self.settings.slice_seconds
+                leasing = in_time and not self.alone
                 if leasing and (now >= next_lease or not self.tasks):
                     wanted = self.settings.in_flight - len(self.tasks)
                     if wanted > await self._lease(wanted):
@@ -134,15 +162,23 @@ class _Slice:
             await self._abandon()
 
     async def _lease(self, n: int) -> int:
-        leased = await self._patiently(
-            items.lease, self.db, self.bell.run_id, self.owner, n, self.settings.lease_seconds
-        )
+        run_id, seconds = self.bell.run_id, self.settings.lease_seconds
+        leased = await self._patiently(items.lease, self.db, run_id, self.owner, n, seconds)
+        if not leased and not self.tasks:
+            leased = await self._patiently(
+                items.lease, self.db, run_id, self.owner, 1, seconds, suspect=True
+            )
+            self.alone = bool(leased)
         for item in leased:
             self.tasks[asyncio.create_task(self._one(item))] = item
         return len(leased)
 
     async def _one(self, item: LeasedItem) -> None:
         """From handler to row. Only DatabaseError, LeaseLost and cancellation come out."""
+        with about(item=item.id, attempt=item.attempt):
+            await self._settle(item)
+
+    async def _settle(self, item: LeasedItem) -> None:
         outcome: Completed | Failed
         limit = asyncio.timeout(self.settings.item_seconds)
         try:
@@ -152,14 +188,19 @@ class _Slice:
             outcome = self._too_long() if limit.expired() else _internal()
         if isinstance(outcome, Completed):
             try:
-                await self._patiently(items.complete, self.db, item, outcome)
+                made = await self._patiently(items.complete, self.db, item, outcome)
             except (DatabaseError, LeaseLost):
                 raise
             except Exception:  # noqa: BLE001 (as above: a result that cannot be stored)
                 outcome = _internal()
             else:
+                state = ItemState.REJECTED if outcome.rejected_by else ItemState.VETTED
+                extra = {"trajectory": made, "state": state, "check": outcome.rejected_by}
+                log.info("item finished", extra=extra | {"seconds": outcome.duration})
                 return
-        await self._patiently(items.fail, self.db, item, outcome)
+        state = await self._patiently(items.fail, self.db, item, outcome)
+        error = {"error_class": outcome.error_class, "error_text": outcome.text[:500]}
+        log.info("item failed", extra=error | {"state": state})
 
     def _too_long(self) -> Failed:
         limit = f"item_seconds = {self.settings.item_seconds:g}"

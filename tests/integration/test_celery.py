@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,14 @@ from shared.store import Database, EmbeddedPostgres, ItemState, RunState, migrat
 from shared.store.trajectories import import_problems
 from shared.trajectory import Problem
 from shared.work import items, slots
-from shared.work.celery_app import check_broker, make_app, prepare_broker, publish
+from shared.work.celery_app import (
+    Message,
+    _Ringer,
+    check_broker,
+    make_app,
+    prepare_broker,
+    publish,
+)
 from shared.work.runs import create_run
 from shared.work.slots import Bell
 from tests.processes import kill, kill_tree
@@ -203,6 +211,28 @@ def test_killed_pool_process_is_replaced_and_its_items_recovered(
     assert worker.stop() == 0
 
 
+def test_the_ringer_survives_what_nobody_thought_of(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what sweeps and rings: a worker without it would look healthy and recover nothing."""
+    calls = threading.Semaphore(0)
+
+    def upkeep() -> list[Message]:
+        calls.release()
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr("shared.work.celery_app.RING_SECONDS", 0.01)
+    app = make_app(db, {})
+    prepare_broker(db, app)
+    ringer = _Ringer(app, db, upkeep)
+    ringer.start()
+    try:
+        assert all(calls.acquire(timeout=30) for _ in range(3))
+    finally:
+        ringer.end()
+        ringer.join()
+
+
 def test_cancel_reaches_a_worker_through_the_database(
     db: Database, start_worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
@@ -279,6 +309,16 @@ def test_default_broker_answers_once_it_is_prepared(db: Database) -> None:
 def test_unsupported_broker_is_a_config_error(db: Database, url: str) -> None:
     with pytest.raises(ConfigError, match="TIRGEN_BROKER_URL"):
         make_app(db, {"TIRGEN_BROKER_URL": url})
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"), [("amqp://localhost//", {"x-queue-type": "quorum"}), (None, None)]
+)
+def test_rabbitmq_gets_queues_that_outlive_a_node(
+    db: Database, url: str | None, kind: dict[str, str] | None
+) -> None:
+    app = make_app(db, {"TIRGEN_BROKER_URL": url} if url else {})
+    assert app.amqp.queues["generate"].queue_arguments == kind
 
 
 def test_redis_gets_settings_under_which_it_redelivers(

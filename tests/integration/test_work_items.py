@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from shared.errors import InputError
+from shared.errors import DatabaseError, InputError
 from shared.store import Completed, Database, ItemState, RoleUsage, RunState, queries, trajectories
 from shared.trajectory import Check, End, Problem, Trajectory, Verdict
 from shared.work import items, slots
@@ -193,12 +194,36 @@ def test_killed_work_has_a_cap_of_its_own(db: Database) -> None:
     """Being killed is not a failed attempt: its own, higher cap ends an item that kills workers."""
     assert items.MAX_KILLS > items.MAX_FAILURES
     run_id = make_run(db, problems=1, samples=1)
-    for _ in range(items.MAX_KILLS):
-        assert len(items.lease(db, run_id, OWNER, 1, EXPIRED)) == 1
+    for kills in range(items.MAX_KILLS):
+        suspect = kills >= items.SUSPECT_KILLS
+        assert items.lease(db, run_id, OWNER, 1, EXPIRED, suspect=not suspect) == []
+        assert len(items.lease(db, run_id, OWNER, 1, EXPIRED, suspect=suspect)) == 1
         assert items.sweep(db) == 1
     found = funnel(db, run_id)
     assert found.failed == {items.KILLED: 1}
     assert found.state is RunState.DONE
+
+
+def test_a_sweeper_that_vanished_holds_up_nobody(db: Database) -> None:
+    """Its host is gone, its connection is not: the server ends its transaction, and the lock."""
+    run_id = make_run(db, problems=1, samples=1)
+    items.lease(db, run_id, OWNER, 1, EXPIRED)
+    vanished = Database(db.url.render_as_string(hide_password=False))
+    vanished.end_idle_transactions(0.5)
+
+    def sweep_in_time() -> None:
+        with vanished.begin() as session:
+            lock = text("SELECT pg_advisory_xact_lock(:key)")
+            session.execute(lock, {"key": items.SWEEP_LOCK})
+            assert items.sweep(db) == 0, "control: as long as it lives, it alone may sweep"
+            deadline = time.monotonic() + 30
+            while items.sweep(db) == 0:
+                assert time.monotonic() < deadline
+            session.execute(lock, {"key": items.SWEEP_LOCK})
+
+    with pytest.raises(DatabaseError):
+        sweep_in_time()
+    vanished.close()
 
 
 def test_giving_back_counts_for_nothing(db: Database) -> None:
@@ -286,7 +311,8 @@ def test_any_interleaving_keeps_one_trajectory_per_item(
 
     for operation, number in operations:
         if operation == "lease":
-            for item in items.lease(db, run_id, OWNER, 1 + number % 3, LONG):
+            leased = items.lease(db, run_id, OWNER, 1 + number % 3, LONG, suspect=number > 7)
+            for item in leased:
                 assert item.id not in model.held
                 model.held[item.id] = item
         elif operation == "stale":

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import pytest
 from sqlalchemy import text
@@ -82,6 +83,72 @@ def test_slice_works_through_a_run_and_closes_it(db: Database) -> None:
     found = funnel(db, run_id)
     assert (found.state, found.items[ItemState.VETTED]) == (RunState.DONE, 50)
     assert max(peaks) == SETTINGS.in_flight
+
+
+@pytest.mark.parametrize("kills", [items.SUSPECT_KILLS - 1, items.SUSPECT_KILLS])
+def test_what_kills_its_workers_takes_nothing_with_it(db: Database, kills: int) -> None:
+    """An item that was in flight too often when a worker died is the only one in flight, later."""
+    run_id, bell = make_run(db, 12)
+    with db.begin() as session:
+        marked = "UPDATE work_items SET kills = :n WHERE id IN (SELECT id FROM work_items LIMIT 2)"
+        session.execute(text(marked), {"n": kills})
+        ids = session.scalars(text("SELECT id FROM work_items WHERE kills > 0")).all()
+    flying: set[int] = set()
+    company: dict[int, int] = {}
+    order: list[int] = []
+
+    async def handler(item: LeasedItem) -> Completed | Failed:
+        flying.add(item.id)
+        order.append(item.id)
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+            for id in flying:
+                company[id] = max(company.get(id, 0), len(flying))
+        flying.remove(item.id)
+        return completed(item)
+
+    assert work(db, bell, handler) is None
+    assert funnel(db, run_id).items[ItemState.VETTED] == 12
+    suspected = kills >= items.SUSPECT_KILLS
+    assert {company[id] for id in ids} == ({1} if suspected else {SETTINGS.in_flight})
+    assert (set(order[-2:]) == set(ids)) == suspected
+    assert max(company.values()) == SETTINGS.in_flight
+
+
+def test_a_slot_is_kept_while_a_slice_opens_what_it_needs(db: Database) -> None:
+    """However long a sandbox takes to start. Else the next slice would be started meanwhile, and
+    the one after it, and none would ever keep its slot long enough to work."""
+    run_id, bell = make_run(db, 3)
+    settings = replace(SETTINGS, lease_seconds=0.6, heartbeat_seconds=0.1)
+
+    def now() -> datetime:
+        with db.session() as session:
+            return session.scalars(text("SELECT clock_timestamp()")).one()
+
+    @asynccontextmanager
+    async def open_slowly(run: RunInfo) -> AsyncIterator[Handler]:
+        until = await asyncio.to_thread(now) + timedelta(seconds=2 * settings.lease_seconds)
+        while await asyncio.to_thread(now) < until:
+            assert await asyncio.to_thread(slots.ring, db) == [], "nobody else is rung for it"
+        yield succeed
+
+    assert asyncio.run(run_slice(db, bell, open_slowly, lambda r: settings, lambda: False)) is None
+    assert funnel(db, run_id).items[ItemState.VETTED] == 3
+
+
+def test_a_slice_that_lost_its_slot_while_opening_touches_nothing(db: Database) -> None:
+    _, bell = make_run(db, 3)
+
+    @asynccontextmanager
+    async def open_too_slowly(run: RunInfo) -> AsyncIterator[Handler]:
+        with db.begin() as session:
+            session.execute(text("UPDATE run_slots SET token = token + 1"))
+        yield succeed
+
+    opened = run_slice(db, bell, open_too_slowly, lambda run: SETTINGS, lambda: False)
+    assert asyncio.run(opened) is None
+    with db.session() as session:
+        assert session.scalar(text("SELECT sum(attempt) FROM work_items")) == 0
 
 
 def test_second_message_for_the_same_slot_does_nothing(db: Database) -> None:

@@ -7,7 +7,18 @@ from collections.abc import Callable
 import typer
 
 from shared import terminal
-from tirgen.cli import curate, db, generate, read, runs, sandbox, snapshot, stack, verify
+from tirgen.cli import (
+    curate,
+    db,
+    generate,
+    metrics,
+    read,
+    runs,
+    sandbox,
+    snapshot,
+    stack,
+    verify,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +32,7 @@ PANELS: dict[str, list[Callable[..., None]]] = {
     "Generate": [generate.generate, generate.resume, generate.retry, generate.cancel],
     "Look": [read.query, read.show, read.stats],
     "Curate": [curate.curate, verify.verify, verify.consensus],
-    "The stack": [stack.up, stack.down, stack.status, stack.doctor, stack.worker],
+    "The stack": [stack.up, stack.down, stack.status, stack.doctor, stack.worker, metrics.metrics],
 }
 for panel, commands in PANELS.items():
     for command in commands:

@@ -63,9 +63,16 @@ def _print_status(stack: Stack) -> None:
 
 def worker(
     processes: Annotated[int, typer.Option(help="Celery child processes.", min=1)] = 1,
+    json_logs: Annotated[
+        bool, typer.Option("--json-logs", help="One JSON object a line, with run and item.")
+    ] = False,
+    events: Annotated[
+        bool, typer.Option("--events", help="Send Celery's events, for Flower.")
+    ] = False,
 ) -> None:
     """A Celery worker of the `generate` queue with the right settings; SIGTERM drains it."""
-    raise typer.Exit(serve(open_database(), processes))
+    code = serve(open_database(), processes, json_logs=json_logs, events=events)
+    raise typer.Exit(code)
 
 
 def doctor() -> None:
