@@ -1,7 +1,14 @@
-"""The schema's version: upgrade, downgrade, which one is there. No alembic.ini is needed."""
+"""The schema's version: upgrade, downgrade, which one is there. No alembic.ini is needed.
+
+Old and new versions of the program may work on one database while an upgrade rolls over the hosts:
+a migration only adds (tests/integration/test_rolling_upgrade.py), and what a version no longer
+needs goes with the migrations of the one after it. So a schema that is newer than the program is
+left as it is, and works.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +26,21 @@ from shared.store.database import Database
 LOCK_KEY = 0x7469_7267_656E  # "tirgen": one migration at a time in a database
 
 
+log = logging.getLogger(__name__)
+
+
 def upgrade(db: Database, revision: str = "head") -> None:
-    """Bring the schema to `revision`; several callers at once take turns. All or nothing."""
+    """Bring the schema to `revision`; several callers at once take turns. All or nothing.
+
+    A schema that this version of the program does not know, hence a newer one, stays as it is.
+    """
     with _locked(db) as config:
+        context = MigrationContext.configure(config.attributes["connection"])
+        found = context.get_current_revision()
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        if found is not None and found not in known:
+            log.warning("the schema (%s) is newer than this program, which goes on with it", found)
+            return
         command.upgrade(config, revision)
 
 
