@@ -32,11 +32,22 @@ from tirgen.graph import Agents, Graph
 from tirgen.runs import KIND, endpoints
 from tirgen.seeds import derive
 
+GRACE_SECONDS = 20.0  # for items in flight, after SIGTERM
+END_SECONDS = 10.0  # more, for what comes after: then the worker is ended by force
 
-def serve(db: Database, processes: int, *, json_logs: bool = False, events: bool = False) -> int:
+
+def serve(
+    db: Database,
+    processes: int,
+    *,
+    grace: float = GRACE_SECONDS,
+    json_logs: bool = False,
+    events: bool = False,
+) -> int:
     """Be a Celery worker until SIGTERM, then drain; returns the exit code.
 
-    `events`: send what Flower shows.
+    It ends within `grace` + END_SECONDS of the signal, whatever hangs. `events`: send what Flower
+    shows.
     """
     if json_logs:
         log_json()
@@ -44,10 +55,13 @@ def serve(db: Database, processes: int, *, json_logs: bool = False, events: bool
     app = celery_app.make_app(db)
     celery_app.prepare_broker(db, app)
     celery_app.check_broker(app)
-    celery_app.register_slices(
-        app, db, KIND, generator, lambda run: SliceSettings(in_flight=_config(run).in_flight)
-    )
-    return celery_app.run_worker(app, db, [KIND], processes, events=events)
+
+    def settings_of(run: RunInfo) -> SliceSettings:
+        return SliceSettings(in_flight=_config(run).in_flight, grace_seconds=grace)
+
+    celery_app.register_slices(app, db, KIND, generator, settings_of)
+    drain = grace + END_SECONDS
+    return celery_app.run_worker(app, db, [KIND], processes, drain_seconds=drain, events=events)
 
 
 @asynccontextmanager

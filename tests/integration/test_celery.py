@@ -46,9 +46,10 @@ class Worker:
         in_flight: int = 4,
         slice_seconds: float = 60.0,
         grace_seconds: float = 20.0,
+        drain_seconds: float = 30.0,
     ) -> None:
         url = db.url.render_as_string(hide_password=False)
-        arguments = [processes, in_flight, slice_seconds, grace_seconds]
+        arguments = [processes, in_flight, slice_seconds, grace_seconds, drain_seconds]
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *map(str, arguments)],
             env={**os.environ, "TIRGEN_DATABASE_URL": url, "PYTHONPATH": str(ROOT)},
@@ -165,6 +166,23 @@ def test_sigterm_gives_back_what_cannot_finish(
     gate.touch()
     start_worker(db)
     assert_complete(db, run_id, 6)
+
+
+def test_a_worker_ends_inside_its_deadline_though_a_process_of_it_hangs(
+    db: Database, start_worker: Callable[..., Worker]
+) -> None:
+    """One that hears no signal is killed, and its items are another worker's."""
+    run_id = make_run(db, ["hang"])
+    worker = start_worker(db, grace_seconds=0.1, drain_seconds=1.0)
+    until(in_state(db, run_id, ItemState.LEASED, 1), "it hangs")
+    family = [psutil.Process(worker.process.pid), *worker.children()]
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began >= 1.0, "control: it would not have ended by itself"
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert funnel(db, run_id).items[ItemState.LEASED] == 1
+    until(lambda: items.sweep(db) == 1, "its lease has run out")
+    assert funnel(db, run_id).items[ItemState.QUEUED] == 1
 
 
 def test_sigterm_to_the_whole_process_group_loses_nothing(

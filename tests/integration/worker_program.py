@@ -1,13 +1,15 @@
 """A program with a Celery worker, as small as can be; its handler does what the problem says.
 
-A problem whose text begins with "/" waits until that file exists. Arguments: processes, in_flight,
-slice_seconds, grace_seconds. The database is TIRGEN_DATABASE_URL.
+A problem whose text begins with "/" waits until that file exists; one that begins with "hang" stops
+the event loop for good. Arguments: processes, in_flight, slice_seconds, grace_seconds and
+drain_seconds. The database is TIRGEN_DATABASE_URL.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,6 +25,8 @@ async def handle(item: LeasedItem) -> Completed:
     gate = item.problem.text.split()[0]
     while gate.startswith("/") and not Path(gate).exists():  # noqa: ASYNC110 (another process's)
         await asyncio.sleep(0.02)
+    if gate == "hang":
+        time.sleep(3600)  # noqa: ASYNC251 (that is the fault)
     await asyncio.sleep(0.01)
     made = Trajectory(
         item.problem.key, (), "", End.ANSWERED, item.problem.answer, False, item.sample_index, 1
@@ -48,7 +52,7 @@ def main() -> int:
     app = make_app(db)
     prepare_broker(db, app)
     register_slices(app, db, "generate", open_handler, lambda run: settings)
-    return run_worker(app, db, ["generate"], processes)
+    return run_worker(app, db, ["generate"], processes, drain_seconds=float(sys.argv[5]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from shared.work.celery_app import check_broker, make_app, prepare_broker
 from tirgen.cli.common import open_database
 from tirgen.config import Tool
 from tirgen.stack import Stack
-from tirgen.worker import serve
+from tirgen.worker import GRACE_SECONDS, serve
 
 
 def up() -> None:
@@ -63,6 +63,9 @@ def _print_status(stack: Stack) -> None:
 
 def worker(
     processes: Annotated[int, typer.Option(help="Celery child processes.", min=1)] = 1,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that samples in flight may take after SIGTERM.", min=0)
+    ] = GRACE_SECONDS,
     json_logs: Annotated[
         bool, typer.Option("--json-logs", help="One JSON object a line, with run and item.")
     ] = False,
@@ -71,7 +74,7 @@ def worker(
     ] = False,
 ) -> None:
     """A Celery worker of the `generate` queue with the right settings; SIGTERM drains it."""
-    code = serve(open_database(), processes, json_logs=json_logs, events=events)
+    code = serve(open_database(), processes, grace=grace, json_logs=json_logs, events=events)
     raise typer.Exit(code)
 
 
