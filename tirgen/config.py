@@ -17,6 +17,7 @@ from pydantic import Field, FiniteFloat, field_validator
 from shared.config import Section, choose, leaves, merge, merge_settings, read_file, read_toml
 from shared.config import parse as parse_section
 from shared.endpoints import EndpointConfig, Sampling
+from shared.endpoints.config import NOT_IDENTITY as ENDPOINT_NOT_IDENTITY
 from shared.prompts import Profile, version
 from shared.sandbox.observation import Style
 from shared.sandbox.result import Tier
@@ -29,10 +30,7 @@ PRESETS = ("nano", "nano-think", "paper", "authors-code")
 NOT_IDENTITY = frozenset(
     f"{role}.endpoint.{name}"
     for role in ("reasoner", "extractor", "judge")
-    for name in (
-        "base_url", "api_key_env", "concurrency", "timeout", "connect_timeout", "deadline",
-        "max_retries",
-    )
+    for name in ENDPOINT_NOT_IDENTITY
 ) | {"tool.minimum_tier", "tool.sandbox_url", "in_flight"}  # fmt: skip
 
 

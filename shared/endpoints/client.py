@@ -1,12 +1,15 @@
-"""The client of one endpoint.
+"""The client of one model, on one server or on several.
 
 What always holds:
-- At most `concurrency` requests are in flight; a call that waits to retry keeps its permit, so a
-  server that says 429 gets less to do. A permit comes back however a call ends, cancelled too.
+- A server has as many requests in flight as its admission allows (admission.py), and a request goes
+  where its trajectory is at home (balancer.py). A permit comes back however a try ends, cancelled
+  too.
 - A call ends: one try within `timeout`, all of them and the waits between them within `deadline`,
-  whatever the server trickles in meanwhile. Only the wait for a permit is not counted.
-- A call that fails raises EndpointError and nothing else. Transient failures are retried, at most
-  `max_retries` times, after what Retry-After asks plus a jittered exponential wait.
+  whatever the server trickles in meanwhile. Only the wait for the first permit is not counted, and
+  where no server is up that wait ends with `deadline` as well.
+- A call that fails raises EndpointError and nothing else. Transient failures are retried, on
+  another server if there is one, at most `max_retries` times (and once more for each further
+  server), after what Retry-After asks plus a jittered exponential wait.
 - A reply costs at most transport.MAX_REPLY_BYTES of memory.
 - The API key is in no error, no config and no repr.
 - Usage is complete when a call returns or raises: every request sent, every token reported.
@@ -17,7 +20,9 @@ An endpoint belongs to the event loop (and the process) that first uses it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Literal, Self, TypeVar
@@ -25,17 +30,11 @@ from typing import Literal, Self, TypeVar
 import httpx2
 import openai
 from pydantic import ValidationError
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_before_delay,
-    wait_exception,
-    wait_random_exponential,
-)
 
+from shared.endpoints.admission import Admission, Outcome, Ticket, View
+from shared.endpoints.balancer import Balancer, Place
 from shared.endpoints.config import EndpointConfig, Sampling
-from shared.endpoints.failures import Failures, is_transient, retry_after
+from shared.endpoints.failures import Failures, is_transient, outcome_of, retry_after
 from shared.endpoints.replies import (
     Billed,
     ChatReply,
@@ -50,7 +49,13 @@ from shared.endpoints.transport import BoundedClient
 from shared.endpoints.usage import Usage
 from shared.errors import EndpointError
 
-BACKOFF = wait_random_exponential(multiplier=0.5, max=30.0)  # seconds, full jitter
+
+def _backoff(failures: int) -> float:
+    """Seconds, with full jitter."""
+    return random.uniform(0.0, min(30.0, 0.5 * 2 ** (failures - 1)))
+
+
+BACKOFF: Callable[[int], float] = _backoff
 
 CHECK_TIMEOUT = 10.0  # seconds; nobody waits longer to learn that a server is down
 
@@ -58,8 +63,13 @@ Message = Mapping[str, object]
 R = TypeVar("R", bound=Part)
 
 
+Learned = dict[tuple[EndpointConfig, str], Admission]
+"""What is known of servers, by address, for as long as the process lives: give the same one to each
+Endpoint of a process, and the next one of the same config begins where the last one ended."""
+
+
 class Endpoint:
-    """One model on one server; share it between all roles that the model plays.
+    """One model; share it between all roles that the model plays.
 
     Raises ConfigError if the key cannot be sent; every call raises EndpointError (see failures.py).
     `meter` is the Usage of the role that calls, `meter["reasoner"]` of a UsageMeter.
@@ -67,17 +77,24 @@ class Endpoint:
     return_token_ids, ...) and wins over the fields set here; None removes a field.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, learned: Learned | None = None) -> None:
         key = config.read_key()
         self.config = config
         self._failures = Failures(config, key)
-        self._permits = asyncio.Semaphore(config.concurrency)
-        self._client = openai.AsyncOpenAI(
-            base_url=config.base_url,
-            api_key=key,
-            max_retries=0,  # retried here, where each try has its deadline and is counted
-            http_client=BoundedClient(config),
-        )
+        learned = {} if learned is None else learned
+        for url in config.base_urls:
+            if (config, url) not in learned:
+                learned[config, url] = _admission(config)
+        self._balancer = Balancer(config.base_urls, [learned[config, u] for u in config.base_urls])
+        self._clients = [
+            openai.AsyncOpenAI(
+                base_url=url,
+                api_key=key,
+                max_retries=0,  # retried here, where each try has its deadline and is counted
+                http_client=BoundedClient(config, url),
+            )
+            for url in config.base_urls
+        ]
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,7 +105,15 @@ class Endpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._client.close()
+        self._balancer.close()
+        for client in self._clients:
+            await client.close()
+
+    def view(self) -> dict[str, View]:
+        """How each server is doing, by address."""
+        now = time.monotonic()
+        pairs = zip(self.config.base_urls, self._balancer.admissions, strict=True)
+        return {url: admission.view(now) for url, admission in pairs}
 
     async def chat(
         self,
@@ -123,7 +148,7 @@ class Endpoint:
     async def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text` (vLLM, nano); no BOS unless asked, so that pieces can be joined."""
         body = {"prompt": text, "add_special_tokens": add_special_tokens}
-        return (await self._post(self.config.root_url + "/tokenize", body, TokenizeReply)).tokens
+        return (await self._post("/tokenize", body, TokenizeReply, at_root=True)).tokens
 
     async def tokenize_chat(
         self, messages: Sequence[Message], **chat_template_kwargs: object
@@ -134,54 +159,75 @@ class Endpoint:
             "add_generation_prompt": True,
             "chat_template_kwargs": chat_template_kwargs or None,
         }
-        return (await self._post(self.config.root_url + "/tokenize", body, TokenizeReply)).tokens
+        return (await self._post("/tokenize", body, TokenizeReply, at_root=True)).tokens
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids (vLLM, nano)."""
         body = {"tokens": list(ids)}
-        return (
-            await self._post(self.config.root_url + "/detokenize", body, DetokenizeReply)
-        ).prompt
+        return (await self._post("/detokenize", body, DetokenizeReply, at_root=True)).prompt
 
     async def check(self) -> tuple[str, ...]:
         """The names of the models that the server has; raises if ours is not one of them.
 
-        One try: a preflight that fails should say so at once.
+        One try: a preflight that fails should say so at once. Of several servers, all that answer
+        must have the model, and one must answer; the names are those that all of these have.
         """
-        url = self.config.base_url + "/models"
+        asked = (self._models(i) for i in range(len(self._clients)))
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        found = [models for models in said if not isinstance(models, BaseException)]
+        for error in said:
+            if isinstance(error, BaseException) and not (found and is_transient(error)):
+                raise error
+        return tuple(name for name in found[0] if all(name in models for models in found))
+
+    async def _models(self, server: int) -> tuple[str, ...]:
+        url = self.config.base_urls[server] + "/models"
         seconds = min(CHECK_TIMEOUT, self.config.timeout)
-        async with self._permits:
-            reply = await self._try("get", url, None, ModelList, seconds, Usage())
+        reply = await self._try(server, "get", url, None, ModelList, seconds, Usage())
         models = tuple(model.id for model in reply.data)
         if self.config.model not in models:
             raise self._failures.model_missing(url, models)
         return models
 
     async def _post(
-        self, path: str, fields: Mapping[str, object], reply: type[R], meter: Usage | None = None
+        self,
+        path: str,
+        fields: Mapping[str, object],
+        reply: type[R],
+        meter: Usage | None = None,
+        *,
+        at_root: bool = False,
     ) -> R:
-        """Send until it succeeds, or may not be sent again. `path` is relative to base_url."""
-        url = path if path.startswith("http") else self.config.base_url + path
+        """Send until it succeeds, or may not be sent again. `path` is relative to the base URL.
+
+        `at_root`: to where vLLM keeps what is not OpenAI's, and what generates nothing.
+        """
         fields = {"model": self.config.model, **fields}
         body = {name: value for name, value in fields.items() if value is not None}
         clock = asyncio.get_running_loop().time
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(is_transient),
-            wait=wait_exception(retry_after) + BACKOFF,
-            stop=stop_after_attempt(1 + self.config.max_retries)
-            | stop_before_delay(self.config.deadline),
-            reraise=True,
-        )
-        spent = Usage()
+        order = self._balancer.order()
+        spent, failures = Usage(), 0
+        ends: float | None = None
+        failed: EndpointError | None = None
         try:
-            async with self._permits:
-                ends = clock() + self.config.deadline
-
-                async def attempt() -> R:
-                    seconds = min(self.config.timeout, ends - clock())
-                    return await self._try("post", url, body, reply, seconds, spent)
-
-                return await retrying(attempt)
+            while True:
+                server, ticket = await self._place(order, ends, failed)
+                ends = ends or clock() + self.config.deadline
+                seconds = min(self.config.timeout, ends - clock())
+                try:
+                    return await self._permitted(
+                        server, ticket, path, body, reply, seconds, spent, at_root
+                    )
+                except EndpointError as error:
+                    failed, failures = error, failures + 1
+                    wait = retry_after(error) + BACKOFF(failures)
+                    if failures < len(order):
+                        wait = 0.0  # there is a server that has not been asked
+                    last = failures >= self.config.max_retries + len(order)
+                    if last or not is_transient(error) or clock() + wait >= ends:
+                        raise
+                await asyncio.sleep(wait)
+                order = [*(i for i in order if i != server), server]
         except EndpointError:
             spent.failures = 1
             raise
@@ -190,8 +236,57 @@ class Endpoint:
             if meter is not None:
                 meter.add(spent)
 
+    async def _place(
+        self, order: Sequence[int], ends: float | None, failed: EndpointError | None
+    ) -> Place:
+        """A server and a permit of it; raises `failed` where there is none before `ends`."""
+        while True:
+            now = asyncio.get_running_loop().time()
+            within = self.config.deadline if ends is None else ends - now
+            try:
+                return await self._balancer.acquire(order, within)
+            except TimeoutError:
+                if failed is not None:
+                    raise failed from failed.__cause__
+                if self._balancer.is_down():
+                    raise self._failures.down(self.config.base_url, within) from None
+
+    async def _permitted(
+        self,
+        server: int,
+        ticket: Ticket,
+        path: str,
+        body: Mapping[str, object],
+        reply: type[R],
+        seconds: float,
+        spent: Usage,
+        at_root: bool,
+    ) -> R:
+        """One try under `ticket`, which is given back with what the try says about the server."""
+        url = self.config.base_urls[server]
+        url = (url.removesuffix("/v1") if at_root else url) + path
+        billed, made = spent.prompt_tokens + spent.completion_tokens, spent.completion_tokens
+        outcome, asked_to_wait = Outcome.ABANDONED, 0.0
+        try:
+            got = await self._try(server, "post", url, body, reply, seconds, spent)
+            outcome, spent.base_url = Outcome.REPLY, self.config.base_urls[server]
+            return got
+        except EndpointError as error:
+            outcome, asked_to_wait = outcome_of(error), retry_after(error)
+            raise
+        finally:
+            self._balancer.release(
+                server,
+                ticket,
+                outcome,
+                tokens=spent.prompt_tokens + spent.completion_tokens - billed,
+                completion_tokens=None if at_root else spent.completion_tokens - made,
+                retry_after=asked_to_wait,
+            )
+
     async def _try(
         self,
+        server: int,
         method: Literal["get", "post"],
         url: str,
         body: Mapping[str, object] | None,
@@ -201,14 +296,15 @@ class Endpoint:
     ) -> R:
         """One exchange: its reply within `seconds`, or EndpointError; `spent` is added to."""
         clock = asyncio.get_running_loop().time
+        client = self._clients[server]
         began = clock()
         spent.requests += 1
         try:
             async with asyncio.timeout(seconds):
                 if method == "get":
-                    response = await self._client.get(url, cast_to=httpx2.Response)
+                    response = await client.get(url, cast_to=httpx2.Response)
                 else:
-                    response = await self._client.post(url, cast_to=httpx2.Response, body=body)
+                    response = await client.post(url, cast_to=httpx2.Response, body=body)
         except TimeoutError as error:
             raise self._failures.timeout(url, seconds) from error
         except openai.APIConnectionError as error:
@@ -236,3 +332,14 @@ class Endpoint:
 def _count(reply: Billed, spent: Usage) -> None:
     spent.prompt_tokens += reply.usage.prompt_tokens
     spent.completion_tokens += reply.usage.completion_tokens
+
+
+def _admission(config: EndpointConfig) -> Admission:
+    return Admission(
+        least=config.min_concurrency,
+        begin=config.start_concurrency,
+        most=config.concurrency,
+        now=time.monotonic(),  # the clock of asyncio's event loops
+        requests_per_minute=config.requests_per_minute,
+        tokens_per_minute=config.tokens_per_minute,
+    )

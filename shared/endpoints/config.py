@@ -18,18 +18,39 @@ NO_KEY = "EMPTY"
 
 
 class EndpointConfig(BaseModel):
-    """One model on one OpenAI-compatible server. Times are seconds.
+    """One model on one OpenAI-compatible server, or on several. Times are seconds.
 
-    The key itself is never part of a config: only the name of the variable that holds it.
+    The key itself is never part of a config: only the name of the variable that holds it. Limits
+    are those of one server and of one worker process.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base_url: str = Field(description="Ends in /v1 on almost every server.")
+    base_url: str = Field(
+        description="Ends in /v1 on almost every server. Several servers of the same model: a "
+        "list, or one string with commas."
+    )
     model: str = Field(min_length=1)
     api_key_env: str = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     # httpx has been seen to hang above about 2 000 requests in flight (NeMo-Skills).
-    concurrency: int = Field(default=64, ge=1, le=2000, description="Requests in flight, at most.")
+    concurrency: int = Field(
+        default=256,
+        ge=1,
+        le=2000,
+        description="Requests in flight, at most; how many there are below that is found out.",
+    )
+    start_concurrency: int = Field(
+        default=16, ge=1, description="Requests in flight at first, before anything is known."
+    )
+    min_concurrency: int = Field(default=1, ge=1, description="Requests in flight, at least.")
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Prompt and completion, on average."
+    )
+    prompt_price: float = Field(default=0.0, ge=0, description="Money per million prompt tokens.")
+    completion_price: float = Field(
+        default=0.0, ge=0, description="Money per million completion tokens."
+    )
     timeout: float = Field(
         default=600.0, gt=0, description="For one try, to the last byte of its reply."
     )
@@ -39,34 +60,54 @@ class EndpointConfig(BaseModel):
     )
     max_retries: int = Field(default=5, ge=0)
 
+    @field_validator("base_url", mode="before")
+    @classmethod
+    def _as_one_string(cls, given: object) -> object:
+        listed = isinstance(given, (list, tuple)) and all(isinstance(url, str) for url in given)
+        return ",".join(given) if listed else given  # type: ignore[arg-type]
+
     @field_validator("base_url")
     @classmethod
-    def _is_plain_http(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("not an http(s) URL such as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("must not carry credentials, a query or a fragment (see api_key_env)")
-        return url.rstrip("/")
+    def _is_plain_http(cls, given: str) -> str:
+        urls = [url.strip().rstrip("/") for url in given.split(",")]
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("not an http(s) URL such as http://127.0.0.1:8000/v1")
+            if parts.username or parts.password or parts.query or parts.fragment:
+                raise ValueError(
+                    "must not carry credentials, a query or a fragment (see api_key_env)"
+                )
+        if len(set(urls)) < len(urls):
+            raise ValueError("names a server twice")
+        return ",".join(urls)
 
     @model_validator(mode="after")
-    def _deadline_holds_a_try(self) -> Self:
+    def _limits_fit(self) -> Self:
         if self.deadline < self.timeout:
             raise ValueError(f"deadline ({self.deadline} s) is shorter than timeout of one try")
+        if self.min_concurrency > self.concurrency:
+            raise ValueError("min_concurrency is above concurrency")
         return self
 
     @property
+    def base_urls(self) -> tuple[str, ...]:
+        return tuple(self.base_url.split(","))
+
+    @property
     def root_url(self) -> str:
-        """Where vLLM keeps what is not OpenAI's (/tokenize, /detokenize)."""
+        """Where one server (ConfigError if there are several) keeps what is not OpenAI's."""
+        if len(self.base_urls) > 1:
+            raise ConfigError(
+                "There are several servers where one is needed.",
+                where=f"base_url = {self.base_url}",
+                remedy="name one: what is sent there is for a single server",
+            )
         return self.base_url.removesuffix("/v1")
 
     @property
     def is_loopback(self) -> bool:
-        host = urlsplit(self.base_url).hostname or ""
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return all(map(is_loopback, self.base_urls))
 
     def read_key(self) -> str:
         """The key, from the environment. Raises ConfigError if it cannot be sent as a header."""
@@ -109,3 +150,16 @@ class Sampling(BaseModel):
             "include_stop_str_in_output": True if self.include_stop and self.stop else None,
             "seed": seed,
         }
+
+
+# Where a request goes, how patiently and at what price: all but the model.
+NOT_IDENTITY = frozenset(EndpointConfig.model_fields) - {"model"}
+
+
+def is_loopback(url: str) -> bool:
+    """Does it name this machine?"""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

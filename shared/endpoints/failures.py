@@ -23,6 +23,7 @@ import httpx2
 import openai
 from pydantic import ValidationError
 
+from shared.endpoints.admission import Outcome
 from shared.endpoints.config import NO_KEY, EndpointConfig
 from shared.endpoints.transport import UnreadableReplyError
 from shared.errors import EndpointError
@@ -148,6 +149,15 @@ class Failures:
             "bad_request", what, url, remedy=_URL_REMEDY if elsewhere else None, body=body
         )
 
+    def down(self, url: str, seconds: float) -> EndpointError:
+        """No server of the model has answered anything for so long."""
+        return self._error(
+            "unreachable",
+            f"The endpoint has been down for {seconds:.3g} s: whatever is sent there fails.",
+            url,
+            remedy="Look at the server's log, start it again; then `tirgen retry RUN`.",
+        )
+
     def bad_reply(self, url: str, body: bytes, error: ValidationError) -> EndpointError:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "body"
@@ -171,6 +181,21 @@ class Failures:
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed if it is sent again shortly."""
     return isinstance(error, EndpointError) and error.retryable and error.kind in TRANSIENT
+
+
+def outcome_of(error: EndpointError) -> Outcome:
+    """What the failure of a request says about the server."""
+    cause = error.__cause__
+    status = cause.status_code if isinstance(cause, openai.APIStatusError) else None
+    if error.kind == "rate_limited":
+        return Outcome.OVERLOAD if error.retryable else Outcome.ANSWER
+    if error.kind == "timeout" or status == 503:
+        return Outcome.STRAIN
+    if error.kind in ("server_error", "unreachable"):
+        return Outcome.FAILURE
+    if error.kind == "bad_request" and status is None:
+        return Outcome.ABANDONED  # it was never sent
+    return Outcome.ANSWER
 
 
 def retry_after(error: BaseException) -> float:

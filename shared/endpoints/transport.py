@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from shared.endpoints.config import EndpointConfig
+from shared.endpoints.config import EndpointConfig, is_loopback
 
 MAX_REPLY_BYTES = 8 * 2**20
 """Forty times a reply of 32 768 tokens with their ids."""
@@ -26,11 +26,12 @@ class UnreadableReplyError(httpx2.TransportError):
 class BoundedClient(httpx2.AsyncClient):
     """`httpx2.AsyncClient` that reads at most MAX_REPLY_BYTES of a reply.
 
-    It has a connection for every permit of the endpoint, so that its pool never queues a request.
+    It has a connection for every request that a server may ever have in flight, so that its pool
+    never queues one.
     Proxies of the environment are honoured, except for a server on this machine.
     """
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, url: str) -> None:
         super().__init__(
             limits=httpx2.Limits(
                 max_connections=config.concurrency,
@@ -41,7 +42,7 @@ class BoundedClient(httpx2.AsyncClient):
             ),
             timeout=httpx2.Timeout(config.timeout, connect=config.connect_timeout, pool=None),
             headers={"Accept-Encoding": "identity"},
-            trust_env=not config.is_loopback,
+            trust_env=not is_loopback(url),
         )
 
     async def send(

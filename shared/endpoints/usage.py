@@ -21,6 +21,8 @@ class Usage:
     """As the server reported them; a reply that never came reports none."""
     seconds: float = 0.0
     """Time in which a request was out; waits for a permit or between retries are not in it."""
+    base_url: str = ""
+    """Of the server that sent the last good reply."""
 
     def add(self, other: Usage) -> None:
         self.requests += other.requests
@@ -29,6 +31,7 @@ class Usage:
         self.prompt_tokens += other.prompt_tokens
         self.completion_tokens += other.completion_tokens
         self.seconds += other.seconds
+        self.base_url = other.base_url or self.base_url
 
 
 class UsageMeter(defaultdict[str, Usage]):

@@ -17,8 +17,13 @@ GREEDY = Sampling(temperature=0.0, max_tokens=8)
 
 
 def config(server: FakeEndpoint, concurrency: int) -> EndpointConfig:
+    """The limit begins at its bound: these tests are about permits, not about how many."""
     return EndpointConfig(
-        base_url=server.base_url, model="fake", concurrency=concurrency, max_retries=0
+        base_url=server.base_url,
+        model="fake",
+        concurrency=concurrency,
+        start_concurrency=concurrency,
+        max_retries=0,
     )
 
 
