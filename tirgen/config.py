@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, field_validator
+from pydantic import AwareDatetime, Field, FiniteFloat, field_validator, model_validator
 
 from shared.config import Section, choose, leaves, merge, merge_settings, read_file, read_toml
 from shared.config import parse as parse_section
@@ -31,7 +31,9 @@ NOT_IDENTITY = frozenset(
     f"{role}.endpoint.{name}"
     for role in ("reasoner", "extractor", "judge")
     for name in ENDPOINT_NOT_IDENTITY
-) | {"tool.minimum_tier", "tool.sandbox_url", "in_flight"}  # fmt: skip
+) | {"tool.minimum_tier", "tool.sandbox_url", "in_flight"} | {
+    f"limits.{name}" for name in ("max_tokens", "max_cost", "deadline")
+}  # fmt: skip
 
 
 Mark = Annotated[str, Field(min_length=1)]
@@ -174,6 +176,16 @@ class VerifierConfig(Section):
         return required
 
 
+class Limits(Section):
+    """When a run is stopped, to be resumed with more (tirgen/budgets.py)."""
+
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Prompt and completion tokens, all roles."
+    )
+    max_cost: float | None = Field(default=None, gt=0, description="In the money of the prices.")
+    deadline: AwareDatetime | None = None
+
+
 class RunConfig(Section):
     prompts: Profile = "full"
     seed: int = 0
@@ -187,6 +199,17 @@ class RunConfig(Section):
     correction: Correction = Correction()
     tool: Tool = Tool()
     verifier: VerifierConfig = VerifierConfig()
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _cost_has_prices(self) -> Self:
+        roles = [self.reasoner, self.extractor, *([self.judge] if self.judge else [])]
+        prices = (r.endpoint.prompt_price + r.endpoint.completion_price for r in roles)
+        if self.limits.max_cost is not None and not any(prices):
+            raise ValueError(
+                "limits.max_cost needs prices: set reasoner.endpoint.prompt_price, completion_price"
+            )
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Field path -> value for every field that decides what is generated."""

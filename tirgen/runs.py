@@ -95,8 +95,17 @@ def ring(db: Database) -> None:
 
 def endpoints(config: RunConfig) -> list[EndpointConfig]:
     """The distinct endpoints of all roles."""
-    roles = [config.reasoner, config.extractor, *([config.judge] if config.judge else [])]
-    return list({role.endpoint: None for role in roles})
+    return list({address: None for _, address in _addresses(config)})
+
+
+def roles(config: RunConfig, endpoint: EndpointConfig) -> list[str]:
+    """Those that are played there."""
+    return [role for role, address in _addresses(config) if address == endpoint]
+
+
+def _addresses(config: RunConfig) -> list[tuple[str, EndpointConfig]]:
+    found = [("reasoner", config.reasoner.endpoint), ("extractor", config.extractor.endpoint)]
+    return [*found, *([("judge", config.judge.endpoint)] if config.judge else [])]
 
 
 def preflight(db: Database, config: RunConfig) -> None:

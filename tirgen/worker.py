@@ -8,12 +8,12 @@ that goes wrong with one item reaches another (shared/work/slices.py).
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from celery import signals
 
-from shared.endpoints import Endpoint, EndpointConfig, UsageMeter
+from shared.endpoints import Endpoint, EndpointConfig, Learned, UsageMeter, balancer
 from shared.errors import EndpointError, SandboxError
 from shared.grading import Grader
 from shared.sandbox.backend import backend
@@ -23,13 +23,14 @@ from shared.telemetry import log_json
 from shared.version import code_version
 from shared.work import celery_app
 from shared.work.items import Failed, LeasedItem
-from shared.work.slices import Handler, RunInfo, SliceSettings
+from shared.work.slices import Handler, OpenHandler, RunInfo, SliceSettings
 from tirgen.agents.code_extractor import CodeExtractor
 from tirgen.agents.reasoner import Reasoner
 from tirgen.agents.verifier import Judge, Verifier
 from tirgen.config import RunConfig, parse
 from tirgen.graph import Agents, Graph
-from tirgen.runs import KIND, endpoints
+from tirgen.live import watched
+from tirgen.runs import KIND, endpoints, roles
 from tirgen.seeds import derive
 
 GRACE_SECONDS = 20.0  # for items in flight, after SIGTERM
@@ -59,36 +60,50 @@ def serve(
     def settings_of(run: RunInfo) -> SliceSettings:
         return SliceSettings(in_flight=_config(run).in_flight, grace_seconds=grace)
 
-    celery_app.register_slices(app, db, KIND, generator, settings_of)
+    celery_app.register_slices(app, db, KIND, generator(db), settings_of)
     drain = grace + END_SECONDS
     return celery_app.run_worker(app, db, [KIND], processes, drain_seconds=drain, events=events)
 
 
-@asynccontextmanager
-async def generator(run: RunInfo) -> AsyncIterator[Handler]:
-    """Everything that the items of one slice share; closed when the slice ends."""
-    config = _config(run)
-    async with AsyncExitStack() as stack:
-        clients: dict[EndpointConfig, Endpoint] = {
-            address: await stack.enter_async_context(Endpoint(address))
-            for address in endpoints(config)
-        }
-        tier = config.tool.minimum_tier
-        sandbox = await stack.enter_async_context(backend(config.tool.sandbox_url, tier))
-        grader = await stack.enter_async_context(Grader(zygotes=1, minimum_tier=tier))
-        judge = None
-        if config.judge is not None:
-            judge = Judge(clients[config.judge.endpoint], config.judge, config.prompts)
-        agents = Agents(
-            config=config,
-            reasoner=Reasoner(clients[config.reasoner.endpoint], config.reasoner, config.prompts),
-            extractor=CodeExtractor(
-                clients[config.extractor.endpoint], config.extractor, config.prompts
-            ),
-            sandbox=sandbox,
-            verifier=Verifier(config, sandbox, grader, judge),
-        )
-        yield _Generator(config, Graph(agents)).__call__
+_learned: Learned = {}  # of the endpoints, from one slice of this process to the next
+
+
+def generator(db: Database) -> OpenHandler:
+    """What opens everything that the items of one slice share."""
+
+    @asynccontextmanager
+    async def opened(run: RunInfo) -> AsyncIterator[Handler]:
+        config = _config(run)
+        async with AsyncExitStack() as stack:
+            clients = {
+                address: await stack.enter_async_context(Endpoint(address, _learned))
+                for address in endpoints(config)
+            }
+            played = {", ".join(roles(config, address)): clients[address] for address in clients}
+            graph = Graph(await _agents(config, clients, stack))
+            await stack.enter_async_context(watched(db, run.id, played))
+            yield _Generator(config, graph).__call__
+
+    return opened
+
+
+async def _agents(
+    config: RunConfig, clients: Mapping[EndpointConfig, Endpoint], stack: AsyncExitStack
+) -> Agents:
+    tier = config.tool.minimum_tier
+    sandbox = await stack.enter_async_context(backend(config.tool.sandbox_url, tier))
+    grader = await stack.enter_async_context(Grader(zygotes=1, minimum_tier=tier))
+    judge = None
+    if config.judge is not None:
+        judge = Judge(clients[config.judge.endpoint], config.judge, config.prompts)
+    reasoner, extractor = config.reasoner, config.extractor
+    return Agents(
+        config=config,
+        reasoner=Reasoner(clients[reasoner.endpoint], reasoner, config.prompts),
+        extractor=CodeExtractor(clients[extractor.endpoint], extractor, config.prompts),
+        sandbox=sandbox,
+        verifier=Verifier(config, sandbox, grader, judge),
+    )
 
 
 def _config(run: RunInfo) -> RunConfig:
@@ -102,6 +117,7 @@ class _Generator:
     async def __call__(self, item: LeasedItem) -> Completed | Failed:
         meter, started = UsageMeter(), time.monotonic()
         seed = derive(self.config.seed, item.problem.key, item.sample_index)
+        balancer.trajectory.set(f"{item.problem.key}/{item.sample_index}")
         try:
             trajectory, verdicts = await self.graph.run(item.problem, seed, meter)
         except EndpointError as error:
@@ -130,7 +146,7 @@ class _Generator:
             RoleUsage(
                 role=name,
                 model=role.endpoint.model,
-                endpoint=role.endpoint.base_url,
+                endpoint=spent.base_url or role.endpoint.base_url,
                 requests=spent.requests,
                 prompt_tokens=spent.prompt_tokens,
                 completion_tokens=spent.completion_tokens,

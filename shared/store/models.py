@@ -125,6 +125,7 @@ class RunRow(Base):
     n_items: Mapped[int] = mapped_column(server_default="0")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     finished_at: Mapped[datetime | None]
+    stop_reason: Mapped[str | None]  # the limit that it reached; the rest waits for `resume`
 
 
 class WorkItemRow(Base):
@@ -400,6 +401,26 @@ class UsageRow(Base):
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
     retries: Mapped[int]
     duration: Mapped[float]
+
+
+class EndpointStatusRow(Base):
+    """How a worker process sees one server, written every few seconds (tirgen/live.py)."""
+
+    __tablename__ = "endpoint_status"
+    __table_args__ = (Index(None, "run_id"),)
+
+    owner: Mapped[str] = mapped_column(primary_key=True)  # host:pid
+    roles: Mapped[str] = mapped_column(primary_key=True)  # that it plays: "reasoner, extractor"
+    base_url: Mapped[str] = mapped_column(primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    model: Mapped[str]
+    max_in_flight: Mapped[int]  # the limit that admission has found
+    in_flight: Mapped[int]
+    breaker: Mapped[str]
+    requests_per_second: Mapped[float]
+    tokens_per_second: Mapped[float]  # completion tokens
+    latency: Mapped[float]
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class CurationRow(Base):

@@ -28,6 +28,7 @@ class Funnel:
     items: Mapping[ItemState, int]
     rejected: Mapping[str, int]  # by the check that failed
     failed: Mapping[str, int]  # by error class
+    stop_reason: str | None = None
 
     @property
     def n_open(self) -> int:
@@ -78,12 +79,22 @@ def funnels(session: Session) -> list[Funnel]:
 
 def usage(session: Session, run_id: int) -> list[UsageTotal]:
     """What the run has cost so far, by role, model and endpoint."""
+    return usages(session, [run_id])[run_id]
+
+
+def usages(session: Session, run_ids: Sequence[int]) -> dict[int, list[UsageTotal]]:
+    """`usage` of several runs at once."""
     key = (UsageRow.role, UsageRow.model, UsageRow.endpoint)
     counts = ("requests", "prompt_tokens", "completion_tokens", "retries")
     sums = [cast(func.sum(getattr(UsageRow, name)), BigInteger).label(name) for name in counts]
-    statement = select(*key, *sums, func.sum(UsageRow.duration).label("duration"))
-    rows = session.execute(statement.where(UsageRow.run_id == run_id).group_by(*key).order_by(*key))
-    return [UsageTotal(**row) for row in rows.mappings()]
+    duration = func.sum(UsageRow.duration).label("duration")
+    statement = select(UsageRow.run_id, *key, *sums, duration)
+    statement = statement.where(UsageRow.run_id.in_(run_ids)).group_by(UsageRow.run_id, *key)
+    found: dict[int, list[UsageTotal]] = {run_id: [] for run_id in run_ids}
+    for row in session.execute(statement.order_by(*key)).mappings():
+        fields = dict(row)
+        found[fields.pop("run_id")].append(UsageTotal(**fields))
+    return found
 
 
 def _funnels(session: Session, run_ids: Sequence[int]) -> list[Funnel]:
@@ -120,6 +131,7 @@ def _funnels(session: Session, run_ids: Sequence[int]) -> list[Funnel]:
             items={state: items[run.id][state] for state in ItemState},
             rejected=dict(rejected[run.id].most_common()),
             failed=dict(failed[run.id].most_common()),
+            stop_reason=run.stop_reason,
         )
         for run in (runs[run_id] for run_id in run_ids)
     ]

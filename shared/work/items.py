@@ -7,7 +7,7 @@ Contract. Time is the database's clock; a change is one transaction, guarded by 
       |                 |----give_back---> queued              (an orderly stop: counts for nothing)
       |                 '----sweep-------> queued, or failed as "killed" after MAX_KILLS
       |--retry-- failed
-      '--reopen- cancelled <--cancel-- queued | leased
+      '--reopen- cancelled <--cancel-- queued | leased;  <--stop-- queued (leased ones finish)
 
 `attempt` grows with every lease and never shrinks: whoever holds an older one has lost the item,
 whatever it still does (LeaseLost). So a killed, stalled or doubled worker can cost time, never a
@@ -154,7 +154,10 @@ _OPEN = """EXISTS (
 _FINISHED = text(f"SELECT id FROM runs WHERE state = 'running' AND NOT {_OPEN}")
 
 _FINISH = text(f"""
-    UPDATE runs SET state = 'done', finished_at = clock_timestamp()
+    UPDATE runs SET finished_at = clock_timestamp(), state = CASE
+        WHEN stop_reason IS NOT NULL AND EXISTS (
+            SELECT FROM work_items WHERE run_id = runs.id AND work_items.state = 'cancelled'
+        ) THEN 'cancelled' ELSE 'done' END
     WHERE id = :run_id AND state = 'running' AND NOT {_OPEN} RETURNING id
 """)
 
@@ -325,6 +328,28 @@ def cancel(db: Database, run_id: int) -> int:
     return _move(db, run_id, RunState.CANCELLED, ("queued", "leased"), "state = 'cancelled'")
 
 
+def stop(db: Database, run_id: int, reason: str) -> int:
+    """End a running run gently: what is queued is cancelled, what is leased is finished first.
+
+    Returns how many items were cancelled. To be repeated while the run runs: an item that is given
+    back, or fails and may be tried again, is queued anew. `reopen` goes on with the rest.
+    """
+    queued = text("""
+        UPDATE work_items SET state = 'cancelled', updated_at = clock_timestamp()
+        WHERE run_id = :run_id AND state = 'queued' RETURNING id
+    """)
+    told = text("""
+        UPDATE runs SET stop_reason = :reason WHERE id = :run_id AND state = 'running' RETURNING id
+    """)
+    with db.begin() as session:
+        _lock_run(session, run_id)
+        if session.execute(told, {"run_id": run_id, "reason": reason}).first() is None:
+            return 0
+        n = len(session.execute(queued, {"run_id": run_id}).all())
+    finish(db, run_id)
+    return n
+
+
 def reopen(db: Database, run_id: int) -> int:
     """Queue what `cancel` ended; return how many items."""
     return _move(db, run_id, RunState.RUNNING, ("cancelled",), "state = 'queued'")
@@ -345,7 +370,7 @@ def _move(
         WHERE run_id = :run_id AND state IN :origins RETURNING id
     """).bindparams(bindparam("origins", expanding=True))
     marked = text("""
-        UPDATE runs SET state = :state,
+        UPDATE runs SET state = :state, stop_reason = NULL,
             finished_at = CASE WHEN :state = 'running' THEN NULL ELSE clock_timestamp() END
         WHERE id = :run_id
     """)

@@ -92,7 +92,7 @@ async def run_slice(
             async with _kept(db, taken, settings):
                 handler = await stack.enter_async_context(open_handler(run))
             if not await asyncio.to_thread(slots.keep, db, taken, settings.lease_seconds):
-                return None
+                return await asyncio.to_thread(slots.leave, db, taken)  # no longer to be worked on
             await _Slice(db, taken, handler, settings, stopping).work()
     await asyncio.to_thread(items.finish, db, bell.run_id)
     return await asyncio.to_thread(slots.leave, db, taken)

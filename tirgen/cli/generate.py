@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from sqlalchemy import func, select
 
 from shared.errors import ConfigError
 from shared.problems import field_map, load_problems
@@ -27,7 +28,7 @@ from shared.store.models import ItemState, RunState
 from shared.store.queries import Funnel, usage
 from shared.terminal import console
 from shared.work import items
-from tirgen import runs
+from tirgen import budgets, runs
 from tirgen.cli.common import open_database
 from tirgen.cli.read import stats
 from tirgen.client import Client
@@ -49,6 +50,15 @@ BaseUrl = Annotated[
     typer.Option(envvar="TIRGEN_BASE_URL", help="OpenAI-compatible server of all roles."),
 ]
 Model = Annotated[str | None, typer.Option(help="Model name, all roles.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Stop the run when it has used so many, all roles.")
+]
+MaxCost = Annotated[
+    float | None, typer.Option(min=0, help="Stop the run when it has cost that; needs prices.")
+]
+Deadline = Annotated[
+    str | None, typer.Option(help="Stop the run then: 90m, 8h, 2d, or a date and time.")
+]
 Detach = Annotated[bool, typer.Option("--detach", help="Return at once; workers go on.")]
 Name = Annotated[str, typer.Argument(help="The run's name, see `tirgen runs`.")]
 
@@ -87,6 +97,9 @@ def generate(
         bool, typer.Option("--no-tool", help="The reasoner alone: measures what it solves so.")
     ] = False,
     slots: Annotated[int, typer.Option(min=1, help="Worker processes at once.")] = 1,
+    max_tokens: MaxTokens = None,
+    max_cost: MaxCost = None,
+    deadline: Deadline = None,
     detach: Detach = False,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the configuration.")
@@ -112,7 +125,8 @@ def generate(
                 markup=False,
             )
     client = Client()
-    chosen = client.configure(preset, config, settings or (), base_url, model, tool=not no_tool)
+    settings = [*(settings or ()), *_limits(client, max_tokens, max_cost, deadline)]
+    chosen = client.configure(preset, config, settings, base_url, model, tool=not no_tool)
     if show_config:
         typer.echo(chosen.model_dump_json(indent=2))
         return
@@ -132,17 +146,21 @@ def resume(
     config: ConfigFile = None,
     settings: Settings = None,
     base_url: BaseUrl = None,
+    max_tokens: MaxTokens = None,
+    max_cost: MaxCost = None,
+    deadline: Deadline = None,
     detach: Detach = False,
 ) -> None:
     """Go on with a run that was stopped or whose workers died.
 
-    Its configuration is the stored one. Addresses, patience and `in_flight` may be changed here;
-    what would generate something else is refused, and the field named.
+    Its configuration is the stored one. Addresses, patience, prices, limits and `in_flight` may be
+    changed here; what would generate something else is refused, and the field named.
     """
     client = Client()
+    settings = [*(settings or ()), *_limits(client, max_tokens, max_cost, deadline)]
     if config or settings or base_url:
         stored = runs.stored_config(runs.find(client.db, name))
-        runs.reconfigure(client.db, name, override(stored, config, settings or (), base_url))
+        runs.reconfigure(client.db, name, override(stored, config, settings, base_url))
     _again(client, name, detach, failed=False)
 
 
@@ -169,6 +187,7 @@ def _again(client: Client, name: str, detach: bool, *, failed: bool) -> None:
     if any(client.stack.is_nano(address.base_url) for address in runs.endpoints(chosen)):
         chosen = override(chosen, base_url=client.stack.start_nano())  # its port may be another
         runs.reconfigure(client.db, name, chosen)
+    budgets.require_room(client.db, run.id)
     _announce_sandbox(client, chosen)
     runs.preflight(client.db, chosen)
     n = (items.retry if failed else items.reopen)(client.db, run.id)
@@ -176,6 +195,22 @@ def _again(client: Client, name: str, detach: bool, *, failed: bool) -> None:
         console.print(f"{n} {again} items queued again.")
     client.work()
     _watch(client, name, detach)
+
+
+def _limits(
+    client: Client, max_tokens: int | None, max_cost: float | None, deadline: str | None
+) -> list[str]:
+    """As settings. A deadline that is counted from now is counted by the database's clock."""
+    settings = []
+    if max_tokens is not None:
+        settings.append(f"limits.max_tokens={max_tokens}")
+    if max_cost is not None:
+        settings.append(f"limits.max_cost={max_cost}")
+    if deadline is not None:
+        with client.db.session() as session:
+            now = session.execute(select(func.clock_timestamp())).scalar_one()
+        settings.append(f'limits.deadline="{budgets.deadline(deadline, now).isoformat()}"')
+    return settings
 
 
 def _announce_sandbox(client: Client, config: RunConfig) -> None:
@@ -204,6 +239,8 @@ def _watch(client: Client, name: str, detach: bool) -> None:
         console.print(f"\nStopped. Go on with: tirgen resume {name}")
         raise typer.Exit(130) from None
     stats(name)
+    if done.stop_reason is not None:
+        console.print(f"\nStopped by {done.stop_reason}", markup=False, highlight=False)
     if done.state is RunState.CANCELLED:
         raise typer.Exit(1)
     typer.echo(_next_steps(name))  # not wrapped: to be pasted
@@ -212,21 +249,23 @@ def _watch(client: Client, name: str, detach: bool) -> None:
 def _follow(client: Client, name: str, progress: Progress) -> Funnel:
     task = progress.add_task(name, total=None, facts="")
     started, first = time.monotonic(), None
+    config = runs.find(client.db, name).config
     for now in client.progress(name):
         with client.db.session() as session:
-            tokens = sum(row.completion_tokens for row in usage(session, now.run_id))
+            so_far = budgets.spent(config, usage(session, now.run_id), now)
         closed = now.n_items - now.n_open
         first = closed if first is None else first
         rate = (closed - first) / (time.monotonic() - started)
-        facts = _facts(now, closed, rate, tokens)
+        facts = _facts(now, closed, rate, so_far)
         progress.update(task, completed=closed, total=now.n_items, facts=facts)
     return now
 
 
-def _facts(now: Funnel, closed: int, rate: float, tokens: int) -> str:
+def _facts(now: Funnel, closed: int, rate: float, so_far: budgets.Spent) -> str:
     vetted, failed = now.items[ItemState.VETTED], now.items[ItemState.FAILED]
     share = vetted / closed if closed else 0.0
-    return f"{rate:.1f}/s  vetted {share:.0%}  failed {failed}  {tokens / 1000:.0f}k tokens"
+    words = budgets.brief(so_far)
+    return f"{rate:.1f}/s  vetted {share:.0%}  failed {failed}  {words}"
 
 
 def _next_steps(name: str) -> str:

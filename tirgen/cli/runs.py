@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from sqlalchemy import select
 
 from shared.store import ItemState
-from shared.store.queries import Funnel, funnels
+from shared.store.models import RunRow, RunState
+from shared.store.queries import Funnel, funnels, usages
 from shared.store.retention import delete_run, extent
 from shared.terminal import Format, age, console, json_text, share, table
+from tirgen import budgets
 from tirgen.cli.common import open_database
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=False)
@@ -22,11 +25,18 @@ def runs(context: typer.Context, format: Annotated[Format, typer.Option()] = For
         return
     with open_database().session() as session:
         found = funnels(session)
+        used = usages(session, [one.run_id for one in found])
+        ids = [one.run_id for one in found]
+        rows = session.execute(select(RunRow.id, RunRow.config).where(RunRow.id.in_(ids)))
+        configs = {row.id: row.config for row in rows}
+    cost = {n.run_id: budgets.spent(configs[n.run_id], used[n.run_id], n) for n in found}
     if format is Format.JSON:
-        typer.echo(json_text([_run_json(one) for one in found], indent=2))
+        shown = [_run_json(one) | _cost_json(cost[one.run_id]) for one in found]
+        typer.echo(json_text(shown, indent=2))
     elif found:
-        names = ("run", "state", "done", "vetted", "rejected", "failed", "yield", "age")
-        console.print(table(names, map(_run_row, found)))
+        names = ("run", "state", "done", "vetted", "rejected", "failed", "yield", "age", "used")
+        lines = [(*_run_row(one), budgets.brief(cost[one.run_id])) for one in found]
+        console.print(table(names, lines))
     else:
         console.print("No runs yet: tirgen generate nano --limit 10", style="dim")
 
@@ -51,7 +61,10 @@ def _run_row(run: Funnel) -> tuple[Any, ...]:
     ended = (items[ItemState.VETTED], items[ItemState.REJECTED], items[ItemState.FAILED])
     done = f"{run.n_items - run.n_open}/{run.n_items}"
     rate = share(items[ItemState.VETTED], sum(ended))
-    return (run.name, run.state.value, done, *ended, rate, age(run.created_at))
+    state = run.state.value
+    if run.stop_reason is not None and run.state is not RunState.DONE:
+        state += f" ({run.stop_reason.partition(':')[0]})"
+    return (run.name, state, done, *ended, rate, age(run.created_at))
 
 
 def _run_json(run: Funnel) -> dict[str, Any]:
@@ -62,6 +75,7 @@ def _run_json(run: Funnel) -> dict[str, Any]:
         "state": run.state,
         "created_at": run.created_at,
         "finished_at": run.finished_at,
+        "stop_reason": run.stop_reason,
         "n_items": run.n_items,
         "n_open": run.n_open,
         "items": dict(run.items),
@@ -70,3 +84,10 @@ def _run_json(run: Funnel) -> dict[str, Any]:
         "yield": run.items[ItemState.VETTED] / ended if ended else None,
         "reconciles": run.reconciles,
     }
+
+
+def _cost_json(so_far: budgets.Spent) -> dict[str, Any]:
+    """`projected`: tokens and cost of the whole run; null while nothing is finished."""
+    whole = so_far.projected()
+    projected = None if whole is None else {"tokens": round(whole[0]), "cost": whole[1]}
+    return {"tokens": so_far.tokens, "cost": so_far.cost, "projected": projected}

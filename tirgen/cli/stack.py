@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import takewhile
 from textwrap import indent
 from typing import Annotated
@@ -16,15 +17,17 @@ import typer
 from rich.table import Table
 
 from shared.endpoints import Endpoint, EndpointConfig
-from shared.errors import SandboxError, TirgenError
+from shared.errors import DatabaseError, SandboxError, TirgenError
 from shared.sandbox import Sandbox
 from shared.sandbox.diagnose import NEEDS, diagnose
 from shared.store import migrate
 from shared.store.database import Database, resolve_url
 from shared.terminal import Format, console
+from shared.terminal import table as facts_table
 from shared.work.celery_app import check_broker, make_app, prepare_broker
 from tirgen.cli.common import open_database
 from tirgen.config import Tool
+from tirgen.live import Server, servers
 from tirgen.stack import Stack
 from tirgen.worker import GRACE_SECONDS, serve
 
@@ -45,13 +48,31 @@ def down() -> None:
 
 
 def status(format: Annotated[Format, typer.Option()] = Format.TABLE) -> None:
-    """Which parts run, and where."""
+    """Which parts run, and where; how the workers see the servers of the models."""
     stack = Stack()
     if format is Format.TABLE:
         _print_status(stack)
         return
-    rows = [{"part": p.name, "running": p.running, "detail": p.detail} for p in stack.status()]
+    rows: list[dict[str, object]] = [
+        {"part": p.name, "running": p.running, "detail": p.detail} for p in stack.status()
+    ]
+    for one in _servers(stack):
+        facts = {"running": one.breaker == "closed", "detail": one.base_url}
+        rows.append({"part": "endpoint", **facts, **asdict(one)})
     typer.echo(json.dumps(rows))
+
+
+def _servers(stack: Stack) -> list[Server]:
+    """None where the database is down, or not yet of this version."""
+    if not stack.database_url and not stack.postgres.status().running:
+        return []
+    db = open_database(migrate=False)
+    try:
+        return servers(db)
+    except DatabaseError:
+        return []
+    finally:
+        db.close()
 
 
 def _print_status(stack: Stack) -> None:
@@ -59,6 +80,18 @@ def _print_status(stack: Stack) -> None:
     for part in stack.status():
         table.add_row(part.name, "[green]up" if part.running else "[yellow]down", part.detail)
     console.print(table)
+    found = _servers(stack)
+    if found:
+        names = ("endpoint", "roles", "run", "worker", "in flight", "breaker", "req/s", "latency")
+        rows = [
+            (
+                one.base_url, one.roles, one.run, one.owner,
+                f"{one.in_flight} of {one.max_in_flight}", one.breaker,
+                f"{one.requests_per_second:.1f}", f"{one.latency:.2f} s",
+            )
+            for one in found
+        ]  # fmt: skip
+        console.print(facts_table(names, rows))
 
 
 def worker(
