@@ -111,7 +111,13 @@ def sequence(*replies: Reply) -> Script:
 class FakeEndpoint:
     """Context manager of the server. GET /v1/models answers `models`, all else the script."""
 
-    def __init__(self, script: Script, *, models: Reply = models("fake")) -> None:
+    def __init__(
+        self,
+        script: Script,
+        *,
+        models: Reply = models("fake"),
+        address: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
         self.script, self.models = script, models
         self.requests: list[Request] = []
         self.in_flight = 0
@@ -119,7 +125,7 @@ class FakeEndpoint:
         self.closing = threading.Event()
         self.changed = threading.Condition()
         """Guards the three counts; notified when one changes."""
-        self._server = _Server(self)
+        self._server = _Server(self, address)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
 
     @property
@@ -152,9 +158,9 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False  # a thread may wait on a keep-alive connection of a test's client
     request_queue_size = 512
 
-    def __init__(self, owner: FakeEndpoint) -> None:
+    def __init__(self, owner: FakeEndpoint, address: tuple[str, int]) -> None:
         self.owner = owner
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients leave in the middle: that is what many tests are about."""
