@@ -3,7 +3,8 @@
 The bare cursor is what one would write first: a server-side cursor of psycopg (binary, 1000 rows a
 fetch) over the same join in the same order, each body unpacked into a Trajectory. It hands out the
 same and checks nothing. A second one does not even unpack: it only fetches the bytes.
-All take turns; the ratio is of the medians.
+All take turns; the ratio is of the medians. CPU of the client is printed too: other work on the
+machine bends it less than the wall.
 Usage: python bench/snapshots.py [N]. One JSON object a line.
 """
 
@@ -87,19 +88,21 @@ def bare(db: Database, unpack: bool) -> Iterator[object]:
             yield decode(row[-1]) if unpack else row
 
 
-def rate(rows: Callable[[], Iterator[object]], n: int) -> float:
-    started = time.perf_counter()
+def spent(rows: Callable[[], Iterator[object]], n: int) -> tuple[float, float]:
+    """Rows a second, and microseconds of the client's CPU a row."""
+    started, cpu = time.perf_counter(), time.process_time()
     counted = sum(1 for _ in rows())
     assert counted == n, f"{counted} rows of {n}"
-    return n / (time.perf_counter() - started)
+    return n / (time.perf_counter() - started), (time.process_time() - cpu) / n * 1e6
 
 
 def report(
-    metric: str, values: list[float], peer: str = "", against: list[float] | None = None
-) -> None:
+    metric: str, values: list[float], peer: str = "", against: list[float] | None = None,
+    unit: str = "rows/s",
+) -> None:  # fmt: skip
     value = statistics.median(values)
     line: dict[str, object] = {
-        "bench": "snapshots", "metric": metric, "value": round(value, 1), "unit": "rows/s",
+        "bench": "snapshots", "metric": metric, "value": round(value, 1), "unit": unit,
         "spread": [round(min(values), 1), round(max(values), 1)],
     }  # fmt: skip
     if against is not None:
@@ -133,14 +136,18 @@ def main() -> None:
                 "bytes": lambda: bare(db, unpack=False),
             }
             rates: dict[str, list[float]] = {name: [] for name in ways}
+            cpu: dict[str, list[float]] = {name: [] for name in ways}
             for way in ways.values():
-                rate(way, n)  # into the page cache
+                spent(way, n)  # into the page cache
             for _ in range(ROUNDS):
                 for name, way in ways.items():
-                    rates[name].append(rate(way, n))
+                    per_second, each = spent(way, n)
+                    rates[name].append(per_second)
+                    cpu[name].append(each)
             peer = "bare server-side cursor, bodies unpacked, nothing checked"
             report("stream from the database", rates["stream"], peer, rates["bare"])
             report("stream from Parquet", rates["folder"], peer, rates["bare"])
+            report("stream from the database, CPU", cpu["stream"], peer, cpu["bare"], "us/row")
             peer = "bare server-side cursor, bytes only"
             report("stream from the database, unpacked", rates["stream"], peer, rates["bytes"])
         finally:
