@@ -23,6 +23,7 @@ from shared.errors import ConfigError, DatabaseError
 from shared.optional import require
 from shared.store.database import Database
 from shared.store.models import ItemState
+from tirgen.live import FRESH
 
 EVERY = 15.0  # seconds, Prometheus' usual interval
 STATEMENT_TIMEOUT = "30s"  # a scrape must never become the load
@@ -157,6 +158,38 @@ FAMILIES = (
             JOIN trajectories ON run_id = recent.id
             JOIN steps ON trajectory_id = trajectories.id WHERE has_call GROUP BY 1""",
         counter=True,
+    ),
+    Family(
+        "tirgen_cost_total",
+        "Tokens times the prices in the run's configuration.",
+        ("run", "role"),
+        """SELECT name, role, sum(
+                prompt_tokens * coalesce(CAST(address ->> 'prompt_price' AS float8), 0)
+                + completion_tokens * coalesce(CAST(address ->> 'completion_price' AS float8), 0)
+            ) / 1e6 FROM recent JOIN runs USING (id, name) JOIN model_usage ON run_id = recent.id
+            CROSS JOIN LATERAL (SELECT config #> ARRAY[
+                CASE role WHEN 'verifier' THEN 'judge' ELSE role END, 'endpoint'
+            ] AS address) AS addresses GROUP BY 1, 2""",
+        counter=True,
+    ),
+    *(
+        Family(
+            f"tirgen_endpoint_{name}",
+            help,
+            ("worker", "roles", "endpoint", "model"),
+            f"""SELECT owner, roles, base_url, model, {value} FROM endpoint_status
+                WHERE seen_at > clock_timestamp() - interval '{FRESH:.0f} seconds'""",
+        )
+        for name, help, value in (
+            ("limit", "Requests that admission allows at once, in one process.", "max_in_flight"),
+            ("in_flight", "Requests in flight, of one process.", "in_flight"),
+            ("latency_seconds", "Of a request lately.", "latency"),
+            (
+                "open",
+                "1 while the circuit breaker lets nothing through.",
+                "CAST(breaker <> 'closed' AS int)",
+            ),
+        )
     ),
     *(
         Family(

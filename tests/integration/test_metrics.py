@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
 
 import pytest
@@ -10,8 +11,9 @@ from sqlalchemy import text
 
 from shared.errors import ConfigError
 from shared.store import Database, ItemState
+from shared.store.queries import find_run, usage
 from tests import stored
-from tirgen import metrics
+from tirgen import budgets, metrics
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -81,6 +83,34 @@ def test_metrics_are_what_the_rows_say(db: Database) -> None:
     assert by_outcome["model_error"] == failed > 0
     assert by_outcome["ok"] == n - failed
     assert not [labels for name, labels in got if ("run", "none") in labels]
+
+
+def test_cost_and_servers_are_what_status_and_budgets_say(db: Database) -> None:
+    """A verifier's tokens are priced as the judge's; a process that is gone is not shown."""
+    stored.fill(db)
+    prices = {"prompt_price": 3.0, "completion_price": 15.0}
+    config = {"reasoner": {"endpoint": prices}, "judge": {"endpoint": {"prompt_price": 1.0}}}
+    with db.begin() as session:
+        update = "UPDATE runs SET finished_at = now(), config = :config WHERE name = 'one'"
+        session.execute(text(update), {"config": json.dumps(config)})
+        session.execute(text("UPDATE model_usage SET role = 'verifier' WHERE role = 'extractor'"))
+        session.execute(
+            text("""INSERT INTO endpoint_status SELECT 'host:' || n, 'reasoner', 'http://m/v1', 1,
+            'm', 40, 30 + n, CASE n WHEN 1 THEN 'closed' ELSE 'open' END, 2, 100, 0.5,
+            now() - (n - 1) * interval '1 minute' FROM generate_series(1, 2) AS n""")
+        )
+        run = find_run(session, "one")
+        due = {one.role: budgets.cost(run.config, one) for one in usage(session, run.id)}
+    assert due["reasoner"] > due["verifier"] > 0
+    got = scrape(db)
+    for role, cost in due.items():
+        assert of(got, "tirgen_cost_total", run="one", role=role) == pytest.approx(cost)
+    where = {"worker": "host:1", "roles": "reasoner", "endpoint": "http://m/v1", "model": "m"}
+    assert of(got, "tirgen_endpoint_limit", **where) == 40
+    assert of(got, "tirgen_endpoint_in_flight", **where) == 31
+    assert of(got, "tirgen_endpoint_latency_seconds", **where) == 0.5
+    assert of(got, "tirgen_endpoint_open", **where) == 0
+    assert not [labels for _, labels in got if ("worker", "host:2") in labels]
 
 
 def test_a_database_that_is_away_is_a_metric_not_an_error() -> None:
