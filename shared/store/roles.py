@@ -62,7 +62,7 @@ def _grants(schema: str, readers: str) -> list[str]:
         f"GRANT USAGE ON SCHEMA {schema} TO {readers}, {TRAINER}",
         f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {readers}",
         f"GRANT INSERT, UPDATE ON ALL TABLES IN SCHEMA {schema} TO {WRITER}",
-        f"GRANT DELETE ON run_slots TO {WRITER}",
+        f"GRANT DELETE ON run_slots, endpoint_status TO {WRITER}",
         f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA {schema} TO {WRITER}",
         f"REVOKE INSERT, UPDATE ON alembic_version FROM {WRITER}",
         f"{inside} GRANT SELECT ON TABLES TO {readers}",

@@ -258,6 +258,7 @@ WRITES = (
     "UPDATE runs SET n_items = n_items",
     "UPDATE work_items SET attempt = attempt",
     "DELETE FROM run_slots",
+    "DELETE FROM endpoint_status",
 )
 NEVER = (
     "DELETE FROM problems",
