@@ -59,6 +59,9 @@ BACKOFF: Callable[[int], float] = _backoff
 
 CHECK_TIMEOUT = 10.0  # seconds; nobody waits longer to learn that a server is down
 
+AT_ROOT = frozenset({"/tokenize", "/detokenize"})
+"""What vLLM keeps beside /v1, not under it; it generates nothing."""
+
 Message = Mapping[str, object]
 R = TypeVar("R", bound=Part)
 
@@ -148,7 +151,7 @@ class Endpoint:
     async def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text` (vLLM, nano); no BOS unless asked, so that pieces can be joined."""
         body = {"prompt": text, "add_special_tokens": add_special_tokens}
-        return (await self._post("/tokenize", body, TokenizeReply, at_root=True)).tokens
+        return (await self._post("/tokenize", body, TokenizeReply)).tokens
 
     async def tokenize_chat(
         self, messages: Sequence[Message], **chat_template_kwargs: object
@@ -159,12 +162,12 @@ class Endpoint:
             "add_generation_prompt": True,
             "chat_template_kwargs": chat_template_kwargs or None,
         }
-        return (await self._post("/tokenize", body, TokenizeReply, at_root=True)).tokens
+        return (await self._post("/tokenize", body, TokenizeReply)).tokens
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids (vLLM, nano)."""
         body = {"tokens": list(ids)}
-        return (await self._post("/detokenize", body, DetokenizeReply, at_root=True)).prompt
+        return (await self._post("/detokenize", body, DetokenizeReply)).prompt
 
     async def check(self) -> tuple[str, ...]:
         """The names of the models that the server has; raises if ours is not one of them.
@@ -195,13 +198,8 @@ class Endpoint:
         fields: Mapping[str, object],
         reply: type[R],
         meter: Usage | None = None,
-        *,
-        at_root: bool = False,
     ) -> R:
-        """Send until it succeeds, or may not be sent again. `path` is relative to the base URL.
-
-        `at_root`: to where vLLM keeps what is not OpenAI's, and what generates nothing.
-        """
+        """Send until it succeeds, or may not be sent again. `path` is relative to the base URL."""
         fields = {"model": self.config.model, **fields}
         body = {name: value for name, value in fields.items() if value is not None}
         clock = asyncio.get_running_loop().time
@@ -215,9 +213,7 @@ class Endpoint:
                 ends = ends or clock() + self.config.deadline
                 seconds = min(self.config.timeout, ends - clock())
                 try:
-                    return await self._permitted(
-                        server, ticket, path, body, reply, seconds, spent, at_root
-                    )
+                    return await self._permitted(server, ticket, path, body, reply, seconds, spent)
                 except EndpointError as error:
                     failed, failures = error, failures + 1
                     wait = retry_after(error) + BACKOFF(failures)
@@ -260,10 +256,9 @@ class Endpoint:
         reply: type[R],
         seconds: float,
         spent: Usage,
-        at_root: bool,
     ) -> R:
         """One try under `ticket`, which is given back with what the try says about the server."""
-        url = self.config.base_urls[server]
+        url, at_root = self.config.base_urls[server], path in AT_ROOT
         url = (url.removesuffix("/v1") if at_root else url) + path
         billed, made = spent.prompt_tokens + spent.completion_tokens, spent.completion_tokens
         outcome, asked_to_wait = Outcome.ABANDONED, 0.0
