@@ -19,7 +19,7 @@ from shared.sandbox import Sandbox
 from shared.store import Completed, Database, resolve_url
 from shared.work import celery_app, slots
 from shared.work.items import Failed, LeasedItem
-from shared.work.slices import Handler, RunInfo, SliceSettings
+from shared.work.slices import Handler, OpenHandler, RunInfo, SliceSettings
 from tirgen.runs import KIND
 from tirgen.worker import generator
 
@@ -36,16 +36,19 @@ SETTINGS = SliceSettings(
 )
 
 
-@asynccontextmanager
-async def open_handler(run: RunInfo) -> AsyncIterator[Handler]:
-    async with generator(run) as handler:
+def poisonable(opened: OpenHandler) -> OpenHandler:
+    @asynccontextmanager
+    async def open_handler(run: RunInfo) -> AsyncIterator[Handler]:
+        async with opened(run) as handler:
 
-        async def handle(item: LeasedItem) -> Completed | Failed:
-            if POISON in item.problem.text:
-                os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
-            return await handler(item)
+            async def handle(item: LeasedItem) -> Completed | Failed:
+                if POISON in item.problem.text:
+                    os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does without memory
+                return await handler(item)
 
-        yield handle
+            yield handle
+
+    return open_handler
 
 
 def main() -> int:
@@ -62,7 +65,7 @@ def main() -> int:
     app = celery_app.make_app(db)
     celery_app.prepare_broker(db, app)
     celery_app.check_broker(app)
-    celery_app.register_slices(app, db, KIND, open_handler, lambda run: SETTINGS)
+    celery_app.register_slices(app, db, KIND, poisonable(generator(db)), lambda run: SETTINGS)
     return celery_app.run_worker(app, db, [KIND], processes, drain_seconds=DRAIN)
 
 
