@@ -49,7 +49,7 @@ CHECK = text("""
         count(*) FILTER (WHERE state = 'failed') AS failed,
         count(*) FILTER (WHERE (state IN ('vetted', 'rejected')) <> (made.n IS NOT NULL)) AS wrong,
         count(*) FILTER (WHERE made.n > 1) AS doubled,
-        coalesce(sum(greatest(attempt - 1, 0)), 0) AS again,
+        coalesce(sum(attempt - CAST(state <> 'queued' AS int)), 0) AS again,
         coalesce(sum(failures), 0) AS failures, coalesce(sum(kills), 0) AS kills,
         coalesce(sum(kills) FILTER (WHERE poisoned.key IS NOT NULL), 0) AS poison_kills,
         count(*) FILTER (WHERE state = 'failed' AND poisoned.key IS NULL) AS condemned,

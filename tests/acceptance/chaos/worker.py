@@ -1,7 +1,7 @@
 """The worker of a chaos run: tirgen's own, with a clock about five times as fast.
 
-What is different from `tirgen worker` is in `main`: times, an item that kills its process, and a
-sandbox that preloads nothing, because it is started hundreds of times.
+What is different from `tirgen worker` is in `main`: times, how many lives an item costs that kills
+its process, and a sandbox that preloads nothing, because it is started hundreds of times.
 Arguments: processes, seconds by which its clock is wrong.
 """
 
@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 
 from shared.sandbox import Sandbox
 from shared.store import Completed, Database, resolve_url
-from shared.work import celery_app, slots
+from shared.work import celery_app, items, slots
 from shared.work.items import Failed, LeasedItem
 from shared.work.slices import Handler, OpenHandler, RunInfo, SliceSettings
 from tirgen.runs import KIND
@@ -60,6 +60,7 @@ def main() -> int:
     Sandbox.__init__.__kwdefaults__.update(zygotes=1, preload=(), warmup="")
     logging.basicConfig(format="%(process)d %(levelname)s %(message)s")
     slots.QUEUE_SECONDS = 12.0
+    items.MAX_KILLS = items.SUSPECT_KILLS + 2
     celery_app.RING_SECONDS = 1.0
     db = Database(resolve_url())
     app = celery_app.make_app(db)
