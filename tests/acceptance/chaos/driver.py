@@ -30,7 +30,7 @@ from sqlalchemy import text
 from shared.errors import TirgenError
 from tests.acceptance.chaos.faults import FAULTS, Fault
 from tests.acceptance.chaos.worker import POISON
-from tests.acceptance.chaos.world import FAKETIME, Worker, World
+from tests.acceptance.chaos.world import Worker, World
 
 NAMESPACES = "unshare --user --map-root-user --mount --net --pid --fork --kill-child --mount-proc"
 DISK = "size=768m"
@@ -210,7 +210,6 @@ class Chaos:
             "done_again": facts["again"], "in_flight_when_hit": self.allowed,
             "connections": self.connections,
             "late_writes_refused": len(REFUSED.findall(logs)), "worker_exits": self.exits,
-            "clock": "libfaketime" if FAKETIME.exists() else "time.time() alone",
             "last_drain_seconds": round(drained, 1), "seconds": round(self._now(), 1),
             "violations": self.violations,
         }  # fmt: skip

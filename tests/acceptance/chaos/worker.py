@@ -53,10 +53,10 @@ def poisonable(opened: OpenHandler) -> OpenHandler:
 
 def main() -> int:
     processes, wrong_by = int(sys.argv[1]), float(sys.argv[2])
-    if wrong_by and "FAKETIME" not in os.environ:
-        true_time, true_ns = time.time, time.time_ns
-        time.time = lambda: true_time() + wrong_by
-        time.time_ns = lambda: true_ns() + int(wrong_by * 1e9)
+    # All that Celery, kombu and we ask for. libfaketime makes Python's own sleep fail.
+    true_time, true_ns = time.time, time.time_ns
+    time.time = lambda: true_time() + wrong_by
+    time.time_ns = lambda: true_ns() + int(wrong_by * 1e9)
     Sandbox.__init__.__kwdefaults__.update(zygotes=1, preload=(), warmup="")
     logging.basicConfig(format="%(process)d %(levelname)s %(message)s")
     slots.QUEUE_SECONDS = 12.0

@@ -31,7 +31,6 @@ from tirgen.config import RunConfig, load
 ROOT = Path(__file__).parents[3]
 HERE, FAR, NOWHERE = "10.77.0.1", "10.77.0.2", "02:00:00:00:00:99"
 ENDPOINT_PORT = 18000
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 RUN = "chaos"
 SETTINGS = {"listen_addresses": "*", "max_wal_size": "96MB", "min_wal_size": "32MB"}
 
@@ -115,15 +114,8 @@ class World:
         self.endpoint = self._spawn("endpoint", [str(ENDPOINT_PORT)])
 
     def start_worker(self, worker: Worker) -> None:
-        environ = dict(self.environ)
-        if worker.clock and FAKETIME.exists():
-            environ |= {
-                "LD_PRELOAD": str(FAKETIME),
-                "FAKETIME": f"{worker.clock:+.0f}",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            }
         arguments = [str(worker.processes), str(worker.clock)]
-        worker.process = self._spawn("worker", arguments, worker.name, worker.far, environ)
+        worker.process = self._spawn("worker", arguments, worker.name, worker.far)
 
     def wind(self, worker: Worker, seconds: float) -> float:
         """Its next process has a clock that is wrong by so much; how long the old one drained."""
@@ -223,7 +215,6 @@ class World:
         arguments: list[str],
         log: str | None = None,
         far: bool = False,
-        environ: dict[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         assert self.cable is not None
         prefix = ["nsenter", "-n", "-t", str(self.cable.pid)] if far else []
@@ -231,7 +222,7 @@ class World:
         with (self.home / f"{log or module}.log").open("ab") as output:
             return subprocess.Popen(
                 [*prefix, *program, *arguments],
-                env=environ or self.environ,
+                env=self.environ,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
