@@ -17,6 +17,7 @@ import mmap
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -217,7 +218,7 @@ def run_worker(
         queues=list(queues),
         loglevel=loglevel,
         quiet=True,
-        hostname=f"{queues[0]}@%h",
+        hostname=f"{queues[0]}-{os.getpid()}@{socket.gethostname()}",
         without_mingle=True,
         without_gossip=True,
         without_heartbeat=not events,
