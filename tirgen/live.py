@@ -1,8 +1,8 @@
 """What a worker process tells of itself while it works on a run, and the limits it holds it to.
 
-Every few seconds, beside the slice: how each server is doing goes into `endpoint_status`, one row a
-server, and the run is stopped if it has reached a limit (tirgen/budgets.py). A database that is
-away only makes the next look later: the slice itself finds out, and says so.
+Beside the slice: how each server is doing goes into `endpoint_status`, one row a server, and the
+run is stopped if it has reached a limit (tirgen/budgets.py). A database that is away only makes the
+next look later: the slice itself finds out, and says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from shared.store.database import Database
 from shared.store.models import EndpointStatusRow, RunRow
 from tirgen import budgets
 
-SECONDS = 5.0
+SECONDS = 5.0  # between two rows
+LOOK = 1.0  # seconds between two looks at the limits
 FRESH = 20.0  # seconds; an older row is of a process that is gone
 SHARE = 0.02  # of the time, at most, goes into adding up what the run has cost
 
@@ -80,9 +81,16 @@ async def watched(
 
 
 async def _watch(db: Database, run_id: int, endpoints: Mapping[str, Endpoint]) -> None:
-    next_hold = 0.0
+    next_look, next_row = 0.0, time.monotonic() + SECONDS
     while True:
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(min(LOOK, SECONDS))
+        began = time.monotonic()
+        if began >= next_look:
+            await asyncio.to_thread(_hold, db, run_id)
+            next_look = began + (time.monotonic() - began) / SHARE
+        if began < next_row:
+            continue
+        next_row = began + SECONDS
         rows = [
             {
                 "roles": roles,
@@ -100,10 +108,6 @@ async def _watch(db: Database, run_id: int, endpoints: Mapping[str, Endpoint]) -
         ]
         if rows:
             await asyncio.to_thread(_tell, db, run_id, rows)
-        began = time.monotonic()
-        if began >= next_hold:
-            await asyncio.to_thread(_hold, db, run_id)
-            next_hold = began + (time.monotonic() - began) / SHARE
 
 
 def _tell(db: Database, run_id: int, rows: list[dict[str, object]]) -> None:

@@ -42,6 +42,7 @@ PRICES = {"prompt_price": 2.0, "completion_price": 10.0}
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "SECONDS", 0.01)
+    monkeypatch.setattr(live, "LOOK", 0.01)
     monkeypatch.setattr(live, "SHARE", 1.0)
 
 
