@@ -27,6 +27,7 @@ from shared.store.snapshots import COLUMNS, Record, digest_of
 from shared.trajectory import content_hash
 
 MANIFEST = "manifest.json"
+GROUP = 256  # rows of a row group, which is written and read as a whole
 _PATH = re.compile(r"data/[A-Za-z0-9._-]+\.parquet")
 _REMEDY = "export the snapshot again, or fetch the folder again"
 
@@ -69,7 +70,7 @@ def schema(kind: SnapshotKind) -> Any:
 
 
 def write_shard(path: Path, kind: SnapshotKind, rows: Iterator[Mapping[str, Any]]) -> int:
-    """Write all of `rows`, PAGE at a time; returns how many there were."""
+    """Write all of `rows`, GROUP at a time; returns how many there were."""
     arrow, parquet = pyarrow()
     wanted = schema(kind)
     # A body is compressed already.
@@ -79,7 +80,7 @@ def write_shard(path: Path, kind: SnapshotKind, rows: Iterator[Mapping[str, Any]
         page: list[Mapping[str, Any]] = []
         for row in rows:
             page.append(row)
-            if len(page) == PAGE:
+            if len(page) == GROUP:
                 writer.write_table(arrow.Table.from_pylist(page, schema=wanted))
                 n, page = n + len(page), []
         writer.write_table(arrow.Table.from_pylist(page, schema=wanted))
@@ -143,8 +144,8 @@ class ParquetSource:
                 for first, table in self.tables(file, self.columns):
                     consecutive = range(first, first + table.num_rows)
                     chosen = [p - first for p in consecutive if p in positions]
-                    if chosen:
-                        yield stored_rows(table.take(chosen))
+                    for at in range(0, len(chosen), PAGE):
+                        yield stored_rows(table.take(chosen[at : at + PAGE]))
 
     def check(self) -> None:
         """Raises InputError unless the shards' rows have the record's digest."""
