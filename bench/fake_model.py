@@ -2,10 +2,10 @@
 
     python bench/fake_model.py --slots 256 --latency 1.0 [--failures 0.05]   prints its port
 
-`slots` requests are served at a time, each in `latency` seconds; the others wait in order and never
-hear a 429. `failures` is the share that is answered 500, at once. Every text is the same: one step
-with a python block, then an answer, so that a whole trajectory can be made of it. Tokens are the
-bytes of UTF-8. GET /counts tells what was served.
+`slots` requests are served at a time, each in `latency` seconds on average; the others wait in
+order and never hear a 429. `failures` is the share that is answered 500, at once. Every text is the
+same: one step with a python block, then an answer, so that a whole trajectory can be made of it.
+Tokens are the bytes of UTF-8. GET /counts tells what was served.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Model:
         elif self.busy < self.slots:
             self.busy += 1
             self.most = max(self.most, self.busy)
-            asyncio.get_running_loop().call_later(self.latency, self.done, to, answer)
+            seconds = self.latency * self.draw.uniform(0.5, 1.5)  # else all come and go as one
+            asyncio.get_running_loop().call_later(seconds, self.done, to, answer)
         else:
             self.waiting.append((to, answer))
 

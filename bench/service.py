@@ -110,9 +110,12 @@ async def during(call: Callable[[int], Awaitable[object]], seconds: float, in_fl
     await asyncio.gather(*(lane(i) for i in range(in_flight)))
 
 
-def saturation() -> None:
+CASES = ((4.0, 0.0), (1.0, 0.0), (1.0, 0.02), (0.5, 0.0), (0.25, 0.0))  # latency, failures
+
+
+def saturation(cases: tuple[tuple[float, float], ...] = CASES) -> None:
     """Below the CPU's limit it is the capacity that counts; at no latency it is the CPU."""
-    for latency, failures in ((1.0, 0.0), (1.0, 0.02), (0.5, 0.0), (0.25, 0.0)):
+    for latency, failures in cases:
         with fake_model(IN_FLIGHT, latency, failures) as url:
             n, used = asyncio.run(_replies(url, 16 * latency + 4))
         rate, capacity = n / (8 * latency + 2), IN_FLIGHT / latency
