@@ -132,7 +132,7 @@ def broker(world: World, rng: random.Random, busy: set[str]) -> Fault | None:
     world.broker.kill()
 
     def repair() -> None:
-        if world.broker.process is None:
+        if world.broker.process is None or world.broker.process.poll() is not None:
             world.broker.start()
         check_broker(world.app)
 
