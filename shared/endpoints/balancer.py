@@ -27,6 +27,7 @@ trajectory: ContextVar[str] = ContextVar("trajectory", default="")
 server, hence a prefix cache. Without it they go where there is most room."""
 
 Place = tuple[int, Ticket]
+Waiting = tuple["asyncio.Future[Place]", Sequence[int]]  # and the servers that it may go to
 
 
 def rendezvous(key: str, servers: Sequence[str]) -> list[int]:
@@ -41,7 +42,7 @@ def rendezvous(key: str, servers: Sequence[str]) -> list[int]:
 class Balancer:
     def __init__(self, urls: Sequence[str], admissions: Sequence[Admission]) -> None:
         self._urls, self.admissions = urls, admissions
-        self._queues: list[deque[asyncio.Future[Place]]] = [deque() for _ in urls]
+        self._queues: list[deque[Waiting]] = [deque() for _ in urls]
         self._n_waiting = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -55,7 +56,7 @@ class Balancer:
         return sorted(range(len(self._urls)), key=lambda i: self._load(i))
 
     async def acquire(self, order: Sequence[int], within: float) -> Place:
-        """The server to send to, and the ticket to end with `release`; after a wait, if need be.
+        """One of the servers in `order`, and the ticket to end with `release`; after a wait, maybe.
 
         Raises TimeoutError where there is none within so many seconds.
         """
@@ -66,7 +67,7 @@ class Balancer:
                 return i, self.admissions[i].start(now)
         up = (i for i in order if self.admissions[i].breaker.state(now) == "closed")
         place: asyncio.Future[Place] = loop.create_future()
-        self._queues[next(up, order[0])].append(place)
+        self._queues[next(up, order[0])].append((place, order))
         self._n_waiting += 1
         self._serve()
         try:
@@ -119,8 +120,9 @@ class Balancer:
                     soonest = min(soonest, wait)
                     break
                 place = self._next(i, now)
-                if place is not None:
-                    place.set_result((i, admission.start(now)))
+                if place is None:
+                    break
+                place.set_result((i, admission.start(now)))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -128,21 +130,18 @@ class Balancer:
             self._timer = loop.call_later(soonest, self._serve)
 
     def _next(self, server: int, now: float) -> asyncio.Future[Place] | None:
-        """Take the one that goes next out of its queue; None if it has left already."""
-        down = [
-            i
-            for i, queue in enumerate(self._queues)
-            if queue and i != server and self.admissions[i].breaker.state(now) == "open"
-        ]
-        if down:
-            chosen = down[0]
-        elif self._queues[server]:
-            chosen = server
-        else:
-            chosen = max(range(len(self._queues)), key=lambda i: len(self._queues[i]))
-        place = self._queues[chosen].popleft()
-        self._n_waiting -= 1
-        return None if place.done() else place
+        """Take the one that goes to `server` next out of its queue, if there is one that may."""
+        others = [i for i in range(len(self._queues)) if i != server]
+        down = [i for i in others if self.admissions[i].breaker.state(now) == "open"]
+        longest = sorted(others, key=lambda i: -len(self._queues[i]))
+        for queue in (self._queues[i] for i in (*down, server, *longest)):
+            while queue and queue[0][0].done():  # has left already
+                queue.popleft()
+                self._n_waiting -= 1
+            if queue and server in queue[0][1]:
+                self._n_waiting -= 1
+                return queue.popleft()[0]
+        return None
 
     def _load(self, i: int) -> float:
         admission = self.admissions[i]

@@ -203,7 +203,8 @@ class Endpoint:
         fields = {"model": self.config.model, **fields}
         body = {name: value for name, value in fields.items() if value is not None}
         clock = asyncio.get_running_loop().time
-        order = self._balancer.order()
+        servers = order = self._balancer.order()
+        tried: set[int] = set()
         spent, failures = Usage(), 0
         ends: float | None = None
         failed: EndpointError | None = None
@@ -217,13 +218,16 @@ class Endpoint:
                 except EndpointError as error:
                     failed, failures = error, failures + 1
                     wait = retry_after(error) + BACKOFF(failures)
-                    if failures < len(order):
+                    if failures < len(servers):
                         wait = 0.0  # there is a server that has not been asked
-                    last = failures >= self.config.max_retries + len(order)
+                    last = failures >= self.config.max_retries + len(servers)
                     if last or not is_transient(error) or clock() + wait >= ends:
                         raise
                 await asyncio.sleep(wait)
-                order = [*(i for i in order if i != server), server]
+                tried.add(server)
+                order = [i for i in servers if i not in tried]
+                if not order:
+                    tried, order = set(), servers
         except EndpointError:
             spent.failures = 1
             raise
