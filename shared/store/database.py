@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,8 @@ KEEPALIVE = {
     "keepalives_count": 4,
 }
 # States in which PostgreSQL cannot be used, but which psycopg does not count as operational errors.
-UNUSABLE = {
-    "25P03",  # it has ended the connection: the transaction was idle for too long
-    "25006",  # it is read-only: a standby, which is about to take over or to be left
-}
+ENDED = "25P03"  # it has ended the connection: the transaction was idle for too long
+READ_ONLY = "25006"  # a standby, which is about to take over or to be left
 URL_REMEDY = "write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or leave it out"
 
 
@@ -112,14 +110,14 @@ class Database:
         Raises DatabaseError where the server is unreachable or gone.
         """
         session = Session(self.engine, expire_on_commit=False)
-        with self._wrapped(), session, session.begin():
+        with self._wrapped(ENDED, READ_ONLY), session, session.begin():
             yield session
 
     @contextmanager
     def session(self) -> Iterator[Session]:
         """A read-only transaction: PostgreSQL itself refuses any write. Raises as `begin` does."""
         read_only = self.engine.execution_options(postgresql_readonly=True)
-        with self._wrapped(), Session(read_only, expire_on_commit=False) as session:
+        with self._wrapped(ENDED), Session(read_only, expire_on_commit=False) as session:
             yield session
 
     def end_idle_transactions(self, seconds: float) -> None:
@@ -142,11 +140,12 @@ class Database:
         self.engine.dispose()
 
     @contextmanager
-    def _wrapped(self) -> Iterator[None]:
+    def _wrapped(self, *states: str) -> Iterator[None]:
+        """DatabaseError for what the driver calls operational, and for these SQLSTATEs."""
         try:
             yield
         except (DBAPIError, TimeoutError, psycopg.OperationalError) as error:
-            if not _is_unusable(error):
+            if not _is_unusable(error, states):
                 raise
             raise DatabaseError(
                 f"PostgreSQL cannot be used: {str(getattr(error, 'orig', error)).strip()}",
@@ -168,10 +167,10 @@ def _checked(url: str, name: str) -> URL:
     return parsed.set(drivername=DRIVER)
 
 
-def _is_unusable(error: Exception) -> bool:
+def _is_unusable(error: Exception, states: Sequence[str]) -> bool:
     if not isinstance(error, DBAPIError) or isinstance(error, OperationalError | InterfaceError):
         return True
-    return getattr(error.orig, "sqlstate", None) in UNUSABLE
+    return getattr(error.orig, "sqlstate", None) in states
 
 
 def _forget_connections(engine: Any) -> None:
