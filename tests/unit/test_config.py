@@ -22,8 +22,8 @@ URL = "http://127.0.0.1:1/v1"
 
 
 def full() -> RunConfig:
-    """A config in which every section is present."""
-    judge = {"endpoint": {"base_url": URL, "model": "j"}}
+    """A config in which every section is present, and a price, so that a limit of cost may be."""
+    judge = {"endpoint": {"base_url": URL, "model": "j", "prompt_price": 2.0}}
     return parse({**load(base_url=URL).model_dump(mode="json"), "judge": judge}, "test")
 
 
