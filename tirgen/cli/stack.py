@@ -130,7 +130,7 @@ def doctor() -> None:
         except TirgenError as error:
             failed = True
             console.print(f"[red]fail[/] {name:9} ", end="")
-            console.print(str(error), markup=False, highlight=False)
+            console.print(str(error), markup=False, highlight=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 
