@@ -13,11 +13,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from sqlalchemy import func, select
 
 from shared.errors import ConfigError
@@ -33,12 +35,6 @@ from tirgen.cli.common import open_database
 from tirgen.cli.read import stats
 from tirgen.client import Client
 from tirgen.config import PRESETS, RunConfig, override
-
-COLUMNS = (
-    SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24),
-    MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    TextColumn("{task.fields[facts]}"),
-)  # fmt: skip
 
 Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML, over the preset.")]
@@ -232,7 +228,7 @@ def _watch(client: Client, name: str, detach: bool) -> None:
         console.print(f"Run {name} goes on in the background: tirgen stats {name}")
         return
     try:
-        with Progress(*COLUMNS, console=console) as progress:
+        with Progress(*_columns(console.width), console=console) as progress:
             done = _follow(client, name, progress)
     except KeyboardInterrupt:
         items.cancel(client.db, runs.find(client.db, name).id)
@@ -244,6 +240,19 @@ def _watch(client: Client, name: str, detach: bool) -> None:
     if done.state is RunState.CANCELLED:
         raise typer.Exit(1)
     typer.echo(_next_steps(name))  # not wrapped: to be pasted
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """What fits a terminal of that width, where only the facts are wrapped."""
+    more: list[ProgressColumn] = [BarColumn(bar_width=24), TimeElapsedColumn()]
+    return [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        *(more if width >= 120 else []),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=False)),
+    ]
 
 
 def _follow(client: Client, name: str, progress: Progress) -> Funnel:
