@@ -1,6 +1,6 @@
 """What nano can do on held-out problems: alone, with the tool, and as a tool-using policy.
 
-    python bench/nano.py [--problems 300]
+    python bench/nano.py [--problems 300] [--model FOLDER]
 
 Prints JSON lines. Shares come with 95 % Wilson intervals; sampling is seeded, so a rerun on one
 machine gives the same counts. `alone`: the reasoner without tool, temperature 0.6. `policy`: the
@@ -77,10 +77,10 @@ async def with_tool(
     return text, tries
 
 
-async def main(n: int) -> None:
+async def main(n: int, model: Path) -> None:
     problems = list(islice(load_problems("nano"), n))
     with tempfile.TemporaryDirectory() as folder:
-        server = start_server(WEIGHTS, log=Path(folder) / "log")
+        server = start_server(model, log=Path(folder) / "log")
         try:
             config = EndpointConfig(base_url=server.url, model="nano")
             async with Endpoint(config) as endpoint, Sandbox() as sandbox, Grader() as grader:
@@ -109,4 +109,6 @@ async def main(n: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--problems", type=int, default=300)
-    asyncio.run(main(parser.parse_args().problems))
+    parser.add_argument("--model", type=Path, default=WEIGHTS, help="the packaged one, or another")
+    given = parser.parse_args()
+    asyncio.run(main(given.problems, given.model))
