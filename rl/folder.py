@@ -1,4 +1,5 @@
-"""What a policy's folder says of itself beside Hugging Face's files: how it is to be asked.
+"""What a policy's folder is beside Hugging Face's files: it says how it is to be asked, and who may
+read its weights is who may read the rest.
 
 A policy that is asked with other prompts than in training, or in the other mode of thinking, is
 measured as a worse one than it is, and nothing looks wrong.
@@ -31,3 +32,11 @@ def described(folder: Path) -> dict[str, Any]:
         return {key: found[key] for key in SAID if key in found}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"it cannot be read: {error}", where=str(path)) from error
+
+
+def share(folder: Path) -> None:
+    """Give weights the mode of the configuration beside them: safetensors keeps its files to their
+    owner, and a server may be another user."""
+    mode = next(folder.glob("*config.json")).stat().st_mode & 0o777
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rl.attention import boundaries
 from rl.config import Lora, ModelConfig
+from rl.folder import share
 from rl.logprobs import token_logprobs
 from rl.packing import MicroBatch
 from shared.errors import ConfigError, InputError
@@ -146,6 +147,7 @@ def save_model(
     plain = lm.get_base_model() if hasattr(lm, "peft_config") else lm
     plain.save_pretrained(to, state_dict=state)
     tokenizer.save_pretrained(to)
+    share(to)
 
 
 def save_adapters(lm: Any, state: dict[str, Tensor], to: Path) -> None:
@@ -154,6 +156,7 @@ def save_adapters(lm: Any, state: dict[str, Tensor], to: Path) -> None:
     For `PeftModel.from_pretrained(BASE, FOLDER)`, or for vLLM's --lora-modules.
     """
     lm.save_pretrained(to, state_dict=state, save_embedding_layers=False)
+    share(to)
 
 
 def _with_lora(lm: PreTrainedModel, lora: Lora) -> Any:

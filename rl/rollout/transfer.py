@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rl.folder import share
 from rl.rollout.http import HttpEngine
 from rl.weight_sync import BUCKET, checksum
 from shared.errors import EndpointError
@@ -149,6 +150,7 @@ class FolderReceiver:
             self._held[HEAD] = self._head.clone()
         self._write()
         self._index()
+        share(self._part)
         folder = (self.save_to / f"weights-{version % 2}").resolve()
         shutil.rmtree(folder, ignore_errors=True)
         self._part.rename(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rl.config import RolloutConfig
@@ -96,6 +97,18 @@ def test_a_server_that_was_put_to_sleep_wakes_with_new_weights(
         assert (server.awake, server.paused) == ({"weights", "kv_cache"}, False)
         assert [Path(folder).name for folder in server.loaded] == ["weights-1", "weights-0"]
         assert engine.version == 2
+
+
+def test_another_user_may_read_the_weights_who_may_read_the_model(tmp_path: Path) -> None:
+    """Control: safetensors by itself keeps them to their owner."""
+    save_file({"a": torch.zeros(2)}, tmp_path / "alone.safetensors")
+    assert (tmp_path / "alone.safetensors").stat().st_mode & 0o777 == 0o600
+    with FakeEndpoint(SleepyServer()) as fake:
+        sync(named(), FolderReceiver(Control(engine_of(fake)), WEIGHTS, tmp_path / "to"), 1)
+    wanted = (WEIGHTS / "config.json").stat().st_mode & 0o777
+    assert wanted & 0o044, "control: others may read the model"
+    files = list((tmp_path / "to").glob("weights-1/*.safetensors"))
+    assert [file.stat().st_mode & 0o777 for file in files] == [wanted]
 
 
 def test_sleep_and_sampling_ahead_exclude_each_other() -> None:
