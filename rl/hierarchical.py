@@ -127,8 +127,7 @@ class _Trainer:
                     rows = self.world.concatenated(now.rows)
                 if config.rollout.sleep:
                     with clock("sync"):
-                        self.rollouts.sleep()  # every rank has sampled: it gave its rows
-                        self.world.barrier()  # and none trains before the memory is free
+                        self.rollouts.sleep(self.world)  # every rank has sampled: it gave its rows
                 with clock("update"):
                     seed = seeds.derive(config.seed, "deal", number)
                     steps = update(config, self.engine, rows, seed)

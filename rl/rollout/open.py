@@ -41,11 +41,12 @@ class Rollouts:
         if self.receiver is None and isinstance(self.engine, HttpEngine):
             self.engine.version = version
 
-    def sleep(self) -> None:
-        """Have a server that shares the trainer's memory give it up until the next update. Only
-        when no rank samples any more."""
-        if self.control is not None and self.control.sleeps:
+    def sleep(self, world: World) -> None:
+        """Have the server give up its memory until the next update. Every rank calls it, once it
+        samples no more; returns when the memory is free."""
+        if self.control is not None:
             self.control.sleep()
+        world.barrier()
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from shared.store.snapshots import Record
 from shared.store.trajectories import decode
 from shared.trajectory import Problem, Trajectory
 
-PAGE = 64  # rows that are read at a time: unpacked about a MB, which stays in a core's cache
+PAGE = 64  # rows that are read at a time: unpacked about a MB
 UNPACK_LIMIT = 64 << 20  # bytes of a page that are unpacked at once, ahead of their use
 
 UNREADABLE = (zstandard.ZstdError, ValueError, KeyError, TypeError)  # what `decode` may raise
