@@ -20,9 +20,8 @@ An endpoint belongs to the event loop (and the process) that first uses it.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Literal, Self, TypeVar
@@ -30,6 +29,15 @@ from typing import Literal, Self, TypeVar
 import httpx2
 import openai
 from pydantic import ValidationError
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_before_delay,
+    wait_exception,
+    wait_random_exponential,
+)
 
 from shared.endpoints.admission import Admission, Outcome, Ticket, View
 from shared.endpoints.balancer import Balancer, Place
@@ -49,13 +57,7 @@ from shared.endpoints.transport import BoundedClient
 from shared.endpoints.usage import Usage
 from shared.errors import EndpointError
 
-
-def _backoff(failures: int) -> float:
-    """Seconds, with full jitter."""
-    return random.uniform(0.0, min(30.0, 0.5 * 2 ** (failures - 1)))
-
-
-BACKOFF: Callable[[int], float] = _backoff
+BACKOFF = wait_random_exponential(multiplier=0.5, max=30.0)  # seconds, full jitter
 
 CHECK_TIMEOUT = 10.0  # seconds; nobody waits longer to learn that a server is down
 
@@ -203,31 +205,28 @@ class Endpoint:
         fields = {"model": self.config.model, **fields}
         body = {name: value for name, value in fields.items() if value is not None}
         clock = asyncio.get_running_loop().time
-        servers = order = self._balancer.order()
-        tried: set[int] = set()
-        spent, failures = Usage(), 0
-        ends: float | None = None
-        failed: EndpointError | None = None
+        servers, spent = self._balancer.order(), Usage()
+        failed: list[tuple[int, EndpointError]] = []  # by which server
         try:
-            while True:
-                server, ticket = await self._place(order, ends, failed)
-                ends = ends or clock() + self.config.deadline
+            first: Place | None = await self._place(servers, self.config.deadline)
+            ends = clock() + self.config.deadline
+
+            async def attempt() -> R:
+                nonlocal first
+                place, first = first, None
+                if place is None:
+                    n = len(failed) % len(servers)  # that have been asked in this round
+                    asked = {server for server, _ in failed[len(failed) - n :]}
+                    rest = [i for i in servers if i not in asked]
+                    place = await self._place(rest, ends - clock(), failed[-1][1])
                 seconds = min(self.config.timeout, ends - clock())
                 try:
-                    return await self._permitted(server, ticket, path, body, reply, seconds, spent)
+                    return await self._permitted(*place, path, body, reply, seconds, spent)
                 except EndpointError as error:
-                    failed, failures = error, failures + 1
-                    wait = retry_after(error) + BACKOFF(failures)
-                    if failures < len(servers):
-                        wait = 0.0  # there is a server that has not been asked
-                    last = failures >= self.config.max_retries + len(servers)
-                    if last or not is_transient(error) or clock() + wait >= ends:
-                        raise
-                await asyncio.sleep(wait)
-                tried.add(server)
-                order = [i for i in servers if i not in tried]
-                if not order:
-                    tried, order = set(), servers
+                    failed.append((place[0], error))
+                    raise
+
+            return await self._retrying(len(servers))(attempt)
         except EndpointError:
             spent.failures = 1
             raise
@@ -236,13 +235,28 @@ class Endpoint:
             if meter is not None:
                 meter.add(spent)
 
+    def _retrying(self, servers: int) -> AsyncRetrying:
+        """Each server is asked once before any is waited for."""
+
+        def wait(state: RetryCallState) -> float:
+            if state.attempt_number < servers:
+                return 0.0
+            return wait_exception(retry_after)(state) + BACKOFF(state)
+
+        return AsyncRetrying(
+            retry=retry_if_exception(is_transient),
+            wait=wait,
+            stop=stop_after_attempt(self.config.max_retries + servers)
+            | stop_before_delay(self.config.deadline),
+            reraise=True,
+        )
+
     async def _place(
-        self, order: Sequence[int], ends: float | None, failed: EndpointError | None
+        self, order: Sequence[int], within: float, failed: EndpointError | None = None
     ) -> Place:
-        """A server and a permit of it; raises `failed` where there is none before `ends`."""
+        """A server and a permit of it; where there is none in time, raises `failed`. Without that
+        a server that is only busy is waited for."""
         while True:
-            now = asyncio.get_running_loop().time()
-            within = self.config.deadline if ends is None else ends - now
             try:
                 return await self._balancer.acquire(order, within)
             except TimeoutError:

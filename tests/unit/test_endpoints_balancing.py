@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from tenacity import wait_none
 
 from shared.endpoints import (
     Endpoint,
@@ -38,7 +39,7 @@ GREEDY = Sampling(temperature=0.0, max_tokens=8)
 
 @pytest.fixture(autouse=True)
 def _no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "BACKOFF", lambda failures: 0.0)
+    monkeypatch.setattr(client, "BACKOFF", wait_none())
 
 
 def config(*urls: str, **fields: Any) -> EndpointConfig:
