@@ -223,6 +223,7 @@ _LOG = text("""
     ON CONFLICT (job_id, step) DO NOTHING
 """)
 
+# A checkpoint may be written before this comes: metrics are sent by a thread that takes its time.
 _UNDO = (
     text("""
         DELETE FROM job_metrics WHERE job_id = :id AND step >= :step
@@ -230,7 +231,7 @@ _UNDO = (
     """),
     text("""
         DELETE FROM job_checkpoints WHERE job_id = :id AND step >= :step
-            AND EXISTS (SELECT FROM jobs WHERE id = :id AND token = :token)
+            AND saved_at < (SELECT started_at FROM jobs WHERE id = :id AND token = :token)
     """),
 )
 
@@ -432,7 +433,10 @@ def add_metrics(db: Database, hold: Hold, logged: Sequence[tuple[int, str, float
 
 
 def undo_steps(db: Database, hold: Hold, step: int) -> None:
-    """Forget the steps from `step` on, which the job makes anew. Its older checkpoints stay."""
+    """Forget the steps from `step` on, which the job makes anew.
+
+    Older checkpoints stay, and those that the holder has written itself.
+    """
     with db.begin() as session:
         for statement in _UNDO:
             session.execute(statement, _hold(hold) | {"step": step})

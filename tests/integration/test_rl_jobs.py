@@ -468,6 +468,20 @@ def test_who_lost_a_job_can_do_nothing_to_it(db: Database) -> None:
     assert job_rows.end(db, held, JobState.DONE) is JobState.DONE
 
 
+def test_what_is_made_anew_is_forgotten_and_what_was_just_made_is_not(db: Database) -> None:
+    """Metrics reach the database late: by then the new start may have saved a checkpoint."""
+    first = taken(db, new_job(db))
+    job_rows.add_checkpoint(db, first, 1, "/old", 1, None)
+    job_rows.add_checkpoint(db, first, 2, "/old", 1, None)
+    job_rows.give_back(db, first)
+    second = taken(db, first.id)
+    job_rows.add_checkpoint(db, second, 3, "/new", 1, None)
+    job_rows.undo_steps(db, second, 2)
+    with db.session() as session:
+        saved = job_rows.checkpoints(session, first.id)
+    assert [(s.step, s.path) for s in saved] == [(1, "/old"), (3, "/new")]
+
+
 def test_a_lost_job_is_running_again_if_it_was_only_out_of_reach(db: Database) -> None:
     hold = taken(db, new_job(db))
     assert job_rows.sweep(db) == [], "control: it has just been heard of"
