@@ -54,7 +54,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	--custom-compile-command "make requirements" pyproject.toml
 requirements: | $(BIN)/uv
 	$(COMPILE) --extra embedded --extra nano --extra metrics --extra redis -o requirements/service.txt
-	$(COMPILE) --extra embedded --extra nano --extra metrics --extra redis --extra parquet --extra plot --extra curation --extra hub --extra dev \
+	$(COMPILE) --extra embedded --extra nano --extra metrics --extra redis --extra parquet --extra plot --extra curation --extra hub --extra otel --extra dev \
 		-c requirements/service.txt -o requirements/dev.txt
 	$(COMPILE) --extra train -c requirements/dev.txt --override requirements/no-torch.txt \
 		-o requirements/train.txt

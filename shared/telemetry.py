@@ -38,6 +38,11 @@ def about(**ids: object) -> Iterator[None]:
         _ids.reset(token)
 
 
+def ids() -> Mapping[str, object]:
+    """Those of this context."""
+    return _ids.get()
+
+
 class JsonFormatter(logging.Formatter):
     """One object a line. What cannot be JSON is written as its repr; a text cannot break a line."""
 

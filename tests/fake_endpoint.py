@@ -45,6 +45,7 @@ class Request:
     method: str
     path: str
     json: Any
+    """The body; bytes, where it was sent as something else."""
     headers: Mapping[str, str]
     """Names in lower case."""
     at: float
@@ -176,7 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = int(self.headers.get("content-length", 0))
-        self._answer(json.loads(self.rfile.read(length)))
+        raw = self.rfile.read(length)
+        is_json = self.headers.get("content-type", "").startswith("application/json")
+        self._answer(json.loads(raw) if is_json else raw)
 
     def _answer(self, body: Any) -> None:
         owner = cast(_Server, self.server).owner

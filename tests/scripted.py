@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from shared.endpoints import Endpoint, EndpointConfig, Usage
+from shared.sandbox.load import Load
 from shared.sandbox.result import Outcome, RunResult, Tier
 from tests.fake_endpoint import Reply, ok, usage
 
@@ -156,11 +157,14 @@ def prints_its_code(code: str, seed: int) -> RunResult:
 class ScriptedSandbox:
     """(code, seed) -> result, in place of `Sandbox.arun`; `runs` holds what was run."""
 
+    tier = Tier.B
+
     def __init__(self, script: Callable[[str, int], RunResult] = prints_its_code) -> None:
-        self.script = script
+        self.script, self.load = script, Load(2)
         self.runs: list[tuple[str, int]] = []
 
     async def arun(self, code: str, *, seed: int, timeout: float) -> RunResult:
-        await asyncio.sleep(0)
-        self.runs.append((code, seed))
-        return self.script(code, seed)
+        with self.load.one():
+            await asyncio.sleep(0)
+            self.runs.append((code, seed))
+            return self.script(code, seed)

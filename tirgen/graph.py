@@ -26,6 +26,7 @@ from shared.fences import Kind, action, observation, parse, prose
 from shared.grading.extract import last_boxed
 from shared.sandbox.backend import Backend
 from shared.sandbox.observation import observe
+from shared.tracing import spanned
 from shared.trajectory import End, Outcome, Problem, Step, ToolCall, Trajectory, Verdict
 from tirgen import seeds
 from tirgen.agents.code_extractor import CodeExtractor, Extraction
@@ -73,7 +74,7 @@ class Graph:
         for node in (
             self.reason, self.extract, self.execute, self.backtrack, self.commit, self.verify,
         ):  # fmt: skip
-            graph.add_node(node.__name__, node)
+            graph.add_node(node.__name__, spanned(node))
         graph.add_edge(START, "reason")
         graph.add_conditional_edges("reason", self.after_reason, ["extract", "execute", "commit"])
         graph.add_conditional_edges("extract", self.after_extract, ["execute", "commit"])

@@ -1,8 +1,8 @@
 """What a worker process tells of itself while it works on a run, and the limits it holds it to.
 
 Beside the slice: how each server is doing goes into `endpoint_status`, one row a server, and the
-run is stopped if it has reached a limit (tirgen/budgets.py). A database that is away only makes the
-next look later: the slice itself finds out, and says so.
+run is stopped if it has reached a limit (tirgen/budgets.py). The sandbox is one of the servers. A
+database that is away only makes the next look later: the slice itself finds out, and says so.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from sqlalchemy.dialects.postgresql import insert
 
 from shared.endpoints import Endpoint
 from shared.errors import DatabaseError
+from shared.sandbox.backend import Backend
 from shared.store.database import Database
 from shared.store.models import EndpointStatusRow, RunRow
 from tirgen import budgets
 
 SECONDS = 5.0  # between two rows
 LOOK = 1.0  # seconds between two looks at the limits
+SANDBOX = "sandbox"  # its role
 FRESH = 20.0  # seconds; an older row is of a process that is gone
 SHARE = 0.02  # of the time, at most, goes into adding up what the run has cost
 
@@ -66,11 +68,11 @@ def servers(db: Database) -> list[Server]:
 
 @asynccontextmanager
 async def watched(
-    db: Database, run_id: int, endpoints: Mapping[str, Endpoint]
+    db: Database, run_id: int, endpoints: Mapping[str, Endpoint], sandbox: Tool
 ) -> AsyncIterator[None]:
     """`endpoints`: by the roles that each plays. Looks at the limits once before it begins."""
     await asyncio.to_thread(_hold, db, run_id)
-    watcher = asyncio.create_task(_watch(db, run_id, endpoints))
+    watcher = asyncio.create_task(_watch(db, run_id, endpoints, sandbox))
     try:
         yield
     finally:
@@ -80,7 +82,9 @@ async def watched(
             log.error("nobody watched the run's limits", exc_info=error)
 
 
-async def _watch(db: Database, run_id: int, endpoints: Mapping[str, Endpoint]) -> None:
+async def _watch(
+    db: Database, run_id: int, endpoints: Mapping[str, Endpoint], sandbox: Tool
+) -> None:
     next_look, next_row = 0.0, time.monotonic() + SECONDS
     while True:
         await asyncio.sleep(min(LOOK, SECONDS))
@@ -106,8 +110,33 @@ async def _watch(db: Database, run_id: int, endpoints: Mapping[str, Endpoint]) -
             for roles, endpoint in endpoints.items()
             for url, view in endpoint.view().items()
         ]
-        if rows:
-            await asyncio.to_thread(_tell, db, run_id, rows)
+        await asyncio.to_thread(_tell, db, run_id, [*rows, sandbox.row()])
+
+
+class Tool:
+    """The sandbox as one of the servers. `url`: where it is, None for this host's own."""
+
+    def __init__(self, sandbox: Backend, url: str | None) -> None:
+        self.sandbox, self.url = sandbox, url
+        self._seen = (time.monotonic(), 0, 0.0)
+
+    def row(self) -> dict[str, object]:
+        """How it did since it was asked the last time."""
+        load, now = self.sandbox.load, time.monotonic()
+        then, ended, seconds = self._seen
+        self._seen = now, load.ended, load.seconds
+        n = load.ended - ended
+        return {
+            "roles": SANDBOX,
+            "base_url": self.url or "its host",
+            "model": f"tier {self.sandbox.tier}",
+            "max_in_flight": load.places,
+            "in_flight": load.asked,
+            "breaker": "closed",
+            "requests_per_second": n / (now - then) if now > then else 0.0,
+            "tokens_per_second": 0.0,
+            "latency": (load.seconds - seconds) / n if n else 0.0,
+        }
 
 
 def _tell(db: Database, run_id: int, rows: list[dict[str, object]]) -> None:

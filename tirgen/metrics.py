@@ -23,7 +23,7 @@ from shared.errors import ConfigError, DatabaseError
 from shared.optional import require
 from shared.store.database import Database
 from shared.store.models import ItemState
-from tirgen.live import FRESH
+from tirgen.live import FRESH, SANDBOX
 
 EVERY = 15.0  # seconds, Prometheus' usual interval
 STATEMENT_TIMEOUT = "30s"  # a scrape must never become the load
@@ -42,6 +42,7 @@ class Family:
     counter: bool = False
 
 
+_FRESH = f"seen_at > clock_timestamp() - interval '{FRESH:.0f} seconds'"
 _STATES = ", ".join(f"('{state}')" for state in ItemState)
 
 FAMILIES = (
@@ -178,7 +179,7 @@ FAMILIES = (
             help,
             ("worker", "roles", "endpoint", "model"),
             f"""SELECT owner, roles, base_url, model, {value} FROM endpoint_status
-                WHERE seen_at > clock_timestamp() - interval '{FRESH:.0f} seconds'""",
+                WHERE roles <> '{SANDBOX}' AND {_FRESH}""",
         )
         for name, help, value in (
             ("limit", "Requests that admission allows at once, in one process.", "max_in_flight"),
@@ -189,6 +190,20 @@ FAMILIES = (
                 "1 while the circuit breaker lets nothing through.",
                 "CAST(breaker <> 'closed' AS int)",
             ),
+        )
+    ),
+    *(
+        Family(
+            f"tirgen_sandbox_{name}",
+            help,
+            ("worker", "sandbox"),
+            f"""SELECT owner, base_url, {value} FROM endpoint_status
+                WHERE roles = '{SANDBOX}' AND {_FRESH}""",
+        )
+        for name, help, value in (
+            ("places", "Runs that can be under way at once, for one process.", "max_in_flight"),
+            ("waiting", "Runs that wait for a place.", "greatest(0, in_flight - max_in_flight)"),
+            ("latency_seconds", "Of a run lately, from asking to its result.", "latency"),
         )
     ),
     *(

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from celery import signals
 
+from shared import tracing
 from shared.endpoints import Endpoint, EndpointConfig, Learned, UsageMeter, balancer
 from shared.errors import EndpointError, SandboxError
 from shared.grading import Grader
@@ -29,7 +30,7 @@ from tirgen.agents.reasoner import Reasoner
 from tirgen.agents.verifier import Judge, Verifier
 from tirgen.config import RunConfig, parse
 from tirgen.graph import Agents, Graph
-from tirgen.live import watched
+from tirgen.live import Tool, watched
 from tirgen.runs import KIND, endpoints, roles
 from tirgen.seeds import derive
 
@@ -53,6 +54,9 @@ def serve(
     if json_logs:
         log_json()
         signals.setup_logging.connect(lambda **_: None, weak=False)  # Celery's own go there, too
+    tracing.check()
+    signals.worker_process_init.connect(_start_tracing)
+    signals.worker_process_shutdown.connect(_stop_tracing)
     app = celery_app.make_app(db)
     celery_app.prepare_broker(db, app)
     celery_app.check_broker(app)
@@ -63,6 +67,14 @@ def serve(
     celery_app.register_slices(app, db, KIND, generator(db), settings_of)
     drain = grace + END_SECONDS
     return celery_app.run_worker(app, db, [KIND], processes, drain_seconds=drain, events=events)
+
+
+def _start_tracing(**_: object) -> None:
+    tracing.start()
+
+
+def _stop_tracing(**_: object) -> None:
+    tracing.stop()
 
 
 _learned: Learned = {}  # of the endpoints, from one slice of this process to the next
@@ -80,8 +92,10 @@ def generator(db: Database) -> OpenHandler:
                 for address in endpoints(config)
             }
             played = {", ".join(roles(config, address)): clients[address] for address in clients}
-            graph = Graph(await _agents(config, clients, stack))
-            await stack.enter_async_context(watched(db, run.id, played))
+            agents = await _agents(config, clients, stack)
+            graph = Graph(agents)
+            tool = Tool(agents.sandbox, config.tool.sandbox_url)
+            await stack.enter_async_context(watched(db, run.id, played, tool))
             yield _Generator(config, graph).__call__
 
     return opened

@@ -39,6 +39,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from shared import tracing
 from shared.endpoints.admission import Admission, Outcome, Ticket, View
 from shared.endpoints.balancer import Balancer, Place
 from shared.endpoints.config import EndpointConfig, Sampling
@@ -281,7 +282,10 @@ class Endpoint:
         billed, made = spent.prompt_tokens + spent.completion_tokens, spent.completion_tokens
         outcome, asked_to_wait = Outcome.ABANDONED, 0.0
         try:
-            got = await self._try(server, "post", url, body, reply, seconds, spent)
+            with tracing.span(
+                f"POST {path}", **{"url.full": url, "gen_ai.request.model": self.config.model}
+            ):
+                got = await self._try(server, "post", url, body, reply, seconds, spent)
             outcome, spent.base_url = Outcome.REPLY, self.config.base_urls[server]
             return got
         except EndpointError as error:
@@ -309,15 +313,17 @@ class Endpoint:
     ) -> R:
         """One exchange: its reply within `seconds`, or EndpointError; `spent` is added to."""
         clock = asyncio.get_running_loop().time
-        client = self._clients[server]
+        client, options = self._clients[server], openai.RequestOptions(headers=tracing.headers())
         began = clock()
         spent.requests += 1
         try:
             async with asyncio.timeout(seconds):
                 if method == "get":
-                    response = await client.get(url, cast_to=httpx2.Response)
+                    response = await client.get(url, cast_to=httpx2.Response, options=options)
                 else:
-                    response = await client.post(url, cast_to=httpx2.Response, body=body)
+                    response = await client.post(
+                        url, cast_to=httpx2.Response, body=body, options=options
+                    )
         except TimeoutError as error:
             raise self._failures.timeout(url, seconds) from error
         except openai.APIConnectionError as error:

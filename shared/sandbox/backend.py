@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol, Self
 
+from shared.sandbox.load import Load
 from shared.sandbox.pool import Sandbox
 from shared.sandbox.remote import RemoteSandbox
 from shared.sandbox.result import RunResult, Tier
@@ -18,6 +19,7 @@ class Backend(Protocol):
     """
 
     tier: Tier | None
+    load: Load
 
     def run(self, code: str, *, seed: int = 0, timeout: float = 10.0) -> RunResult: ...
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 from shared.errors import SandboxError
 from shared.sandbox.launcher import Zygote, host_paths, search_path
 from shared.sandbox.limits import Limits
+from shared.sandbox.load import Load
 from shared.sandbox.packets import as_memfd
 from shared.sandbox.result import CodeError, Outcome, RunResult, Tier
 from shared.sandbox.session import Session
@@ -78,6 +79,7 @@ class Sandbox:
         self.minimum_tier, self.limits = minimum_tier, limits or Limits()
         self.preload, self.warmup = tuple(preload), warmup
         self.tier: Tier | None = None
+        self.load = Load(self.zygotes)
         self._search = search_path()
         self._hidden = [(f"{path}/", "") for path in host_paths(self._search)]
         self._all: set[Zygote] = set()
@@ -143,12 +145,13 @@ class Sandbox:
     def run(self, code: str, *, seed: int = 0, timeout: float = 10.0) -> RunResult:
         """Run a whole program. `timeout` is CPU seconds (wall: `Limits.wall`). Blocks; model faults
         and lost zygotes are outcomes. Raises SandboxError only if the sandbox is not open."""
-        with Cancel() as cancel:
+        with self.load.one(), Cancel() as cancel:
             return self._run(code, seed, timeout, cancel)
 
     async def arun(self, code: str, *, seed: int = 0, timeout: float = 10.0) -> RunResult:
         """`run` for an event loop; any number at once, and cancelling one kills its run."""
-        return await self.in_thread(lambda cancel: self._run(code, seed, timeout, cancel))
+        with self.load.one():
+            return await self.in_thread(lambda cancel: self._run(code, seed, timeout, cancel))
 
     def session(self, *, seed: int = 0) -> Session:
         """A state that cells change, with exact rollback (see `Session`)."""

@@ -34,6 +34,7 @@ from tenacity import (
 from shared.errors import ConfigError, SandboxError
 from shared.sandbox.fusion import MAX_TIMEOUT, ReplyError, request_body, result_of
 from shared.sandbox.limits import Limits
+from shared.sandbox.load import Load
 from shared.sandbox.result import CodeError, Outcome, RunResult, Tier
 
 T = TypeVar("T")
@@ -84,6 +85,7 @@ class RemoteSandbox:
         self.url = url.rstrip("/").removesuffix("/run_code")
         self.minimum_tier, self.limits, self.patience = minimum_tier, limits or Limits(), patience
         self.tier: Tier | None = None
+        self.load = Load(concurrency)
         self._token = token or os.environ.get(TOKEN, "").strip()
         self._concurrency = concurrency
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -145,16 +147,18 @@ class RemoteSandbox:
     def run(self, code: str, *, seed: int = 0, timeout: float = 10.0) -> RunResult:
         """Run a whole program there; as `Sandbox.run`. SandboxFusion counts wall time and does not
         know the seed."""
-        future = self._submit(self._run(code, seed, timeout))
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        with self.load.one():
+            future = self._submit(self._run(code, seed, timeout))
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()
+                raise
 
     async def arun(self, code: str, *, seed: int = 0, timeout: float = 10.0) -> RunResult:
         """`run` for an event loop; cancelling it closes the connection, and ours kills the run."""
-        return await asyncio.wrap_future(self._submit(self._run(code, seed, timeout)))
+        with self.load.one():
+            return await asyncio.wrap_future(self._submit(self._run(code, seed, timeout)))
 
     async def _run(self, code: str, seed: int, timeout: float) -> RunResult:
         if not 0 < timeout <= MAX_TIMEOUT:

@@ -29,6 +29,7 @@ from shared.store.database import Database
 from shared.store.models import ItemState, RunRow
 from shared.store.trajectories import Completed
 from shared.telemetry import about
+from shared.tracing import Span, span
 from shared.work import items, slots
 from shared.work.items import Failed, LeasedItem, LeaseLost
 from shared.work.slots import Bell
@@ -175,10 +176,10 @@ class _Slice:
 
     async def _one(self, item: LeasedItem) -> None:
         """From handler to row. Only DatabaseError, LeaseLost and cancellation come out."""
-        with about(item=item.id, attempt=item.attempt):
-            await self._settle(item)
+        with about(item=item.id, attempt=item.attempt), span("item") as recorded:
+            await self._settle(item, recorded)
 
-    async def _settle(self, item: LeasedItem) -> None:
+    async def _settle(self, item: LeasedItem, recorded: Span) -> None:
         outcome: Completed | Failed
         limit = asyncio.timeout(self.settings.item_seconds)
         try:
@@ -197,10 +198,12 @@ class _Slice:
                 state = ItemState.REJECTED if outcome.rejected_by else ItemState.VETTED
                 extra = {"trajectory": made, "state": state, "check": outcome.rejected_by}
                 log.info("item finished", extra=extra | {"seconds": outcome.duration})
+                recorded.set_attributes({"tirgen.trajectory": made, "tirgen.state": str(state)})
                 return
         state = await self._patiently(items.fail, self.db, item, outcome)
         error = {"error_class": outcome.error_class, "error_text": outcome.text[:500]}
         log.info("item failed", extra=error | {"state": state})
+        recorded.set_attributes({"error.type": outcome.error_class, "tirgen.state": str(state)})
 
     def _too_long(self) -> Failed:
         limit = f"item_seconds = {self.settings.item_seconds:g}"

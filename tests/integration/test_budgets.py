@@ -30,6 +30,7 @@ from shared.work.runs import create_run
 from shared.work.slices import Handler, RunInfo, SliceSettings, run_slice
 from shared.work.slots import Bell
 from tests.fake_endpoint import FakeEndpoint, chat, sequence
+from tests.scripted import ScriptedSandbox
 from tirgen import budgets, live
 from tirgen.cli import runs as run_commands
 from tirgen.config import Limits, load, override
@@ -80,7 +81,7 @@ def work(db: Database, handler: Handler = succeed) -> None:
 
     @asynccontextmanager
     async def opened(run: RunInfo) -> AsyncIterator[Handler]:
-        async with live.watched(db, run.id, {}):
+        async with live.watched(db, run.id, {}, live.Tool(ScriptedSandbox(), None)):
             yield handler
 
     bells = slots.ring(db)
@@ -279,8 +280,8 @@ def test_the_list_of_runs_says_why_and_what_it_cost(
 
 
 def test_status_shows_each_server_of_each_worker_while_it_is_fresh(db: Database) -> None:
-    """Two servers of one model, one of them dead: limit, breaker and rates of both; a row that
-    nobody renews is not shown."""
+    """Two servers of one model, one of them dead: limit, breaker and rates of both; the sandbox,
+    for whose two places three runs ask; a row that nobody renews is not shown."""
     run_id = make_run(db, {})
     dead = "http://127.0.0.1:9/v1"
 
@@ -289,9 +290,17 @@ def test_status_shows_each_server_of_each_worker_while_it_is_fresh(db: Database)
         async with Endpoint(config) as endpoint:
             asks = [endpoint.chat([], Sampling()) for _ in range(30)]
             await asyncio.gather(*asks)
-            async with live.watched(db, run_id, {"reasoner, extractor": endpoint}):
-                while not await asyncio.to_thread(live.servers, db):  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            sandbox = ScriptedSandbox()
+            tool = live.Tool(sandbox, None)
+            await sandbox.arun("1", seed=0, timeout=1.0)
+            assert float(str(tool.row()["requests_per_second"])) > 0
+            with sandbox.load.one(), sandbox.load.one(), sandbox.load.one():
+                await seen(endpoint, tool)
+
+    async def seen(endpoint: Endpoint, tool: live.Tool) -> None:
+        async with live.watched(db, run_id, {"reasoner, extractor": endpoint}, tool):
+            while not await asyncio.to_thread(live.servers, db):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
     with FakeEndpoint(sequence(chat("two", completion_tokens=7))) as server:
         asyncio.run(main(server.base_url))
@@ -308,6 +317,9 @@ def test_status_shows_each_server_of_each_worker_while_it_is_fresh(db: Database)
     assert up.tokens_per_second == pytest.approx(7 * up.requests_per_second)
     assert down.breaker != "closed"
     assert down.requests_per_second == 0
+    tool = shown["its host"]
+    assert (tool.roles, tool.model) == ("sandbox", "tier B")
+    assert (tool.in_flight, tool.max_in_flight) == (3, 2)
     with db.begin() as session:
         session.execute(text("UPDATE endpoint_status SET seen_at = seen_at - interval '1 minute'"))
     assert live.servers(db) == []

@@ -99,6 +99,10 @@ def test_cost_and_servers_are_what_status_and_budgets_say(db: Database) -> None:
             'm', 40, 30 + n, CASE n WHEN 1 THEN 'closed' ELSE 'open' END, 2, 100, 0.5,
             now() - (n - 1) * interval '1 minute' FROM generate_series(1, 2) AS n""")
         )
+        session.execute(
+            text("""INSERT INTO endpoint_status VALUES ('host:1', 'sandbox', 'its host', 1,
+            'tier A', 2, 7, 'closed', 100, 0, 0.25, now())""")
+        )
         run = find_run(session, "one")
         due = {one.role: budgets.cost(run.config, one) for one in usage(session, run.id)}
     assert due["reasoner"] > due["verifier"] > 0
@@ -111,6 +115,12 @@ def test_cost_and_servers_are_what_status_and_budgets_say(db: Database) -> None:
     assert of(got, "tirgen_endpoint_latency_seconds", **where) == 0.5
     assert of(got, "tirgen_endpoint_open", **where) == 0
     assert not [labels for _, labels in got if ("worker", "host:2") in labels]
+    tool = {"worker": "host:1", "sandbox": "its host"}
+    assert of(got, "tirgen_sandbox_places", **tool) == 2
+    assert of(got, "tirgen_sandbox_waiting", **tool) == 5
+    assert of(got, "tirgen_sandbox_latency_seconds", **tool) == 0.25
+    limits = [labels for name, labels in got if name == "tirgen_endpoint_limit"]
+    assert len(limits) == 1, "the sandbox is no endpoint"
 
 
 def test_a_database_that_is_away_is_a_metric_not_an_error() -> None:
