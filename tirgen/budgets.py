@@ -24,6 +24,7 @@ from shared.work import items
 from tirgen.config import Limits
 
 SECTIONS = {"reasoner": "reasoner", "extractor": "extractor", "verifier": "judge"}  # by role
+LOOK_LOCK = 0x7469_7267  # with the run's id: who adds up what it has cost
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -79,9 +80,13 @@ def reached(limits: Limits, so_far: Spent, now: datetime) -> str | None:
 
 
 def hold(db: Database, run_id: int) -> str | None:
-    """Stop the run if it has reached a limit of its stored configuration; the reason, if so."""
+    """Stop the run if it has reached a limit of its stored configuration; the reason, if so.
+
+    To add up a large run takes the server a while, so one process does it at a time: where another
+    is at it, this does nothing.
+    """
     with db.session() as session:
-        reason = _check(session, run_id)
+        reason = _check(session, run_id, alone=True)
     if reason is not None:
         items.stop(db, run_id, reason)
     return reason
@@ -98,11 +103,14 @@ def require_room(db: Database, run_id: int) -> None:
         )
 
 
-def _check(session: Session, run_id: int) -> str | None:
-    """The limit that is reached, by the database's clock."""
+def _check(session: Session, run_id: int, alone: bool = False) -> str | None:
+    """The limit that is reached, by the database's clock; with `alone`, if nobody else looks."""
     run = session.get_one(RunRow, run_id)
     limits = Limits.model_validate(run.config.get("limits") or {})
     if limits == Limits():
+        return None
+    free = func.pg_try_advisory_xact_lock(LOOK_LOCK, run_id)
+    if alone and not session.execute(select(free)).scalar_one():
         return None
     now = session.execute(select(func.clock_timestamp())).scalar_one()
     so_far = spent(run.config, usage(session, run_id), funnel(session, run_id))

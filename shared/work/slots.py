@@ -35,16 +35,20 @@ class Bell:
 
 _ALIVE = "alive_until = clock_timestamp() + make_interval(secs => :seconds)"
 
+# MATERIALIZED: whether anything is queued is asked once a run, not once a slot.
 _RING = text(f"""
-    UPDATE run_slots SET token = token + 1, {_ALIVE} FROM runs
-    WHERE runs.id = run_slots.run_id AND (run_slots.run_id, slot) IN (
-        SELECT run_id, slot FROM run_slots JOIN runs ON runs.id = run_id
-        WHERE state = 'running' AND slot < {OWN} AND alive_until <= clock_timestamp() AND EXISTS (
+    WITH wanted AS MATERIALIZED (
+        SELECT id, kind FROM runs WHERE state = 'running' AND EXISTS (
             SELECT FROM work_items WHERE work_items.run_id = runs.id AND state = 'queued'
         )
+    )
+    UPDATE run_slots SET token = token + 1, {_ALIVE} FROM wanted
+    WHERE wanted.id = run_slots.run_id AND (run_slots.run_id, slot) IN (
+        SELECT run_id, slot FROM run_slots JOIN wanted ON wanted.id = run_id
+        WHERE slot < {OWN} AND alive_until <= clock_timestamp()
         FOR UPDATE OF run_slots SKIP LOCKED
     )
-    RETURNING runs.kind, run_slots.run_id, slot, token
+    RETURNING kind, run_slots.run_id, slot, token
 """)
 
 _TAKE = text(f"""
