@@ -213,6 +213,7 @@ kept = pages.reserve(zygote._OBJECTS)
 zygote._warm(json.loads(sys.argv[3]), sys.argv[4])
 del kept
 pages.gather()
+pages.join()
 gc.collect()
 gc.freeze()
 print("ready", flush=True)

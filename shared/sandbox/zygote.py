@@ -103,6 +103,7 @@ class Zygote:
         fixed.install()
         child.prepare()
         pages.gather()
+        pages.join()
         self._scratch = scratch
         self.jail = Jail.make(tier, limits)
         try:
