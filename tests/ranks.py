@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 55  # seconds
+PATIENCE = 100  # seconds; a test has 120 before pytest ends it
 
 
 def start(
