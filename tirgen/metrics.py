@@ -58,8 +58,10 @@ FAMILIES = (
         ("run", "state"),
         f"""SELECT recent.name, states.state, coalesce(n, 0)
             FROM recent CROSS JOIN (VALUES {_STATES}) AS states (state)
-            LEFT JOIN (SELECT run_id, state, count(*) AS n FROM work_items GROUP BY 1, 2) AS items
-                ON items.run_id = recent.id AND items.state = states.state""",
+            LEFT JOIN (
+                SELECT run_id, state, count(*) AS n FROM work_items
+                WHERE run_id IN (SELECT id FROM recent) GROUP BY 1, 2
+            ) AS items ON items.run_id = recent.id AND items.state = states.state""",
     ),
     Family(
         "tirgen_items_rejected",

@@ -90,6 +90,7 @@ _LEASE = text("""
     WITH picked AS MATERIALIZED (
         SELECT id FROM work_items
         WHERE run_id = :run_id AND state = 'queued' AND (kills >= :suspect_kills) = :suspect
+            AND (attempt, id) > (:tried, :last)
             AND EXISTS (SELECT FROM runs WHERE id = :run_id AND state = 'running')
         ORDER BY attempt, id LIMIT :n FOR UPDATE SKIP LOCKED
     )
@@ -184,15 +185,27 @@ def create_items(
 
 
 def lease(
-    db: Database, run_id: int, owner: str, n: int, seconds: float, *, suspect: bool = False
+    db: Database,
+    run_id: int,
+    owner: str,
+    n: int,
+    seconds: float,
+    *,
+    suspect: bool = False,
+    after: LeasedItem | None = None,
 ) -> list[LeasedItem]:
     """Take up to `n` queued items of a running run for `seconds`, least tried first.
+
+    `after`: only of those that stand in the queue behind this one. Before it lies what was leased
+    since; while any transaction stays open (a back-up), the server cannot forget it, and would read
+    all of it each time.
 
     With `suspect`, only of those whose lease has run out SUSPECT_KILLS times; otherwise none of
     them. One of these may be what kills its workers: it must be the only one in flight there.
     """
     values = {"run_id": run_id, "owner": owner, "n": n, "seconds": seconds, "suspect": suspect}
     values["suspect_kills"] = SUSPECT_KILLS
+    values |= {"tried": after.attempt - 1, "last": after.id} if after else {"tried": -1, "last": 0}
     with db.begin() as session:
         session.execute(_IN_ORDER)
         rows = session.execute(_LEASE, values).all()

@@ -131,6 +131,7 @@ class _Slice:
         self.stopping = stopping
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.tasks: dict[asyncio.Task[None], LeasedItem] = {}
+        self.last: LeasedItem | None = None  # where in the queue to go on
         self.alone = False  # what is in flight is suspected of killing its workers
 
     async def work(self) -> None:
@@ -163,16 +164,25 @@ class _Slice:
             await self._abandon()
 
     async def _lease(self, n: int) -> int:
-        run_id, seconds = self.bell.run_id, self.settings.lease_seconds
-        leased = await self._patiently(items.lease, self.db, run_id, self.owner, n, seconds)
+        leased = await self._take(n, after=self.last)
+        if not leased and self.last is not None:
+            leased = await self._take(n)  # what has come back meanwhile
+        self.last = leased[-1] if len(leased) == n else None
         if not leased and not self.tasks:
-            leased = await self._patiently(
-                items.lease, self.db, run_id, self.owner, 1, seconds, suspect=True
-            )
+            leased = await self._take(1, suspect=True)
             self.alone = bool(leased)
         for item in leased:
             self.tasks[asyncio.create_task(self._one(item))] = item
         return len(leased)
+
+    async def _take(
+        self, n: int, *, suspect: bool = False, after: LeasedItem | None = None
+    ) -> list[LeasedItem]:
+        lease, seconds = items.lease, self.settings.lease_seconds
+        run_id, owner = self.bell.run_id, self.owner
+        return await self._patiently(
+            lease, self.db, run_id, owner, n, seconds, suspect=suspect, after=after
+        )
 
     async def _one(self, item: LeasedItem) -> None:
         """From handler to row. Only DatabaseError, LeaseLost and cancellation come out."""

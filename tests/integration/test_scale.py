@@ -62,8 +62,27 @@ def test_a_lease_reads_what_it_takes_however_long_the_queue(db: Database, run_id
     assert after - before <= 2 * n
     values = {"run_id": run_id, "owner": "o", "n": n, "seconds": LONG, "suspect": False}
     with db.begin() as session:
-        session.execute(items._LEASE, values | {"suspect_kills": items.SUSPECT_KILLS})
+        session.execute(
+            items._LEASE, values | {"suspect_kills": items.SUSPECT_KILLS, "tried": -1, "last": 0}
+        )
     assert read_by(db, queue)[1] - after > ITEMS / 2
+
+
+def test_a_lease_goes_on_where_the_last_one_ended(db: Database, run_id: int) -> None:
+    """While a transaction stays open, the server keeps what was leased since, before the rest of
+    the queue: who begins at its head reads all of it, as the control shows."""
+    queue = "work_items_queue_idx"
+    with db.session() as back_up:
+        back_up.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        assert funnel(back_up, run_id).n_open == ITEMS
+        held = items.lease(db, run_id, "o", ITEMS // 2, LONG)
+        _, before = read_by(db, queue)
+        (behind,) = items.lease(db, run_id, "o", 1, LONG, after=held[-1])
+        _, after = read_by(db, queue)
+        assert after - before <= 2
+        (again,) = items.lease(db, run_id, "o", 1, LONG)
+        assert read_by(db, queue)[1] - after >= ITEMS / 2
+    assert [behind.id, again.id] == [held[-1].id + 1, held[-1].id + 2]
 
 
 def test_ringing_asks_once_a_run_whether_anything_is_queued(db: Database, run_id: int) -> None:
