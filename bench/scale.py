@@ -1,6 +1,6 @@
 """What breaks first when one database serves many hosts, and where (docs/scale.md).
 
-    python bench/scale.py measure [service database growth]   what is missing in bench/results
+    python bench/scale.py measure [PART...]    what is missing in bench/results
     python bench/scale.py constants    every constant, with the line that it is read from
     python bench/scale.py check        one process of this machine: predicted, and as measured
     python bench/scale.py model        the worked example: utilisations, and what is full when
@@ -52,12 +52,15 @@ def check() -> None:
         measured=c.one_process, deviation=round(predicted / c.one_process - 1, 3),
         by="its thread" if thread < machine else "the machine's cores",
     )  # fmt: skip
-    work = Workload()
-    report(
-        "server CPU of a trajectory: of its statements", 1e3 * model.server_price(c, work)[0],
-        "ms", measured=1e3 * c.service_server_cpu,
-        deviation=round(model.server_price(c, work)[0] / c.service_server_cpu - 1, 3),
-    )  # fmt: skip
+    cpu, wal = model.server_price(c, Workload())
+    for name, told, seen, unit in (
+        ("server CPU", 1e3 * cpu, 1e3 * c.service_server_cpu, "ms"),
+        ("log", wal, c.service_wal, "bytes"),
+    ):
+        report(
+            f"{name} of a trajectory: of its statements", told, unit,
+            measured=seen, deviation=round(told / seen - 1, 3),
+        )  # fmt: skip
 
 
 def show(work: Workload, at: Cluster) -> None:

@@ -22,7 +22,7 @@ class Line:
 
 
 SI = {"us": 1e-6, "ms": 1e-3, "ns": 1e-9, "s": 1.0, "bytes": 1.0, "bytes/trajectory": 1.0,
-      "us/trajectory": 1e-6, "KiB": 1024.0, "1/s": 1.0, "trajectories/s": 1.0, "": 1.0}  # fmt: skip
+      "us/trajectory": 1e-6, "1/s": 1.0, "trajectories/s": 1.0, "": 1.0}  # fmt: skip
 
 # field of Constants -> (bench, metric)
 NAMES = {
@@ -33,9 +33,7 @@ NAMES = {
     "service_calls": ("scale", "whole service: calls per trajectory"),
     "service_server_cpu": ("scale", "whole service: server CPU"),
     "service_wal": ("scale", "whole service: WAL"),
-    "service_transactions": ("scale", "whole service: transactions"),
     "connections": ("scale", "whole service: connections at most, one process"),
-    "memory": ("service", "memory per trajectory in flight"),
     "stored": ("store", "stored, all tables and indexes"),
     "lease_cpu": ("scale", "lease of one: server CPU"),
     "lease_wal": ("scale", "lease of one: WAL"),
@@ -52,7 +50,6 @@ NAMES = {
     "status_wal": ("scale", "endpoint_status: WAL"),
     "sweep_cpu": ("scale", "sweep: server CPU"),
     "ring_cpu": ("scale", "ring, nothing to ring: server CPU"),
-    "message_cpu": ("scale", "message published by pgmq: server CPU"),
     "commit": ("scale", "commit of one row"),
     "create": ("scale", "item created"),
     "create_wal": ("scale", "item created: WAL"),
@@ -77,9 +74,7 @@ class Constants:
     service_calls: float
     service_server_cpu: float
     service_wal: float
-    service_transactions: float
     connections: float
-    memory: float
     stored: float
     lease_cpu: float
     lease_wal: float
@@ -96,7 +91,6 @@ class Constants:
     status_wal: float
     sweep_cpu: float
     ring_cpu: float
-    message_cpu: float
     commit: float
     create: float
     create_wal: float

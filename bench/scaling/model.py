@@ -47,7 +47,7 @@ class Cluster:
     wal_bytes_per_second: float = 200e6  # of the log's disk
     max_connections: float = 2000.0
     disk: float = 8e12  # bytes
-    messages_per_second: float = 1000.0  # of the broker
+    messages_per_second: float = 1000.0  # of the broker; of pgmq, by one core
     limits: bool = False  # --max-tokens, --max-cost or --deadline is set
     scans: bool = True  # metrics are scraped
 
