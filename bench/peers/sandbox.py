@@ -207,11 +207,10 @@ class BareFork:
     """
 
     program = f"""{_ENTER}
-import gc, time
+import ctypes, gc, time
 from shared.sandbox import pages
-kept = pages.reserve(zygote._OBJECTS)
-zygote._warm(json.loads(sys.argv[3]), sys.argv[4])
-del kept
+fork = ctypes.PyDLL(None).fork  # less what Python does around it, as our own
+zygote.warm(json.loads(sys.argv[3]), sys.argv[4])
 pages.gather()
 pages.join()
 gc.collect()
@@ -221,7 +220,7 @@ for line in sys.stdin:
     times = []
     for _ in range(int(line)):
         began = time.perf_counter()
-        pid = zygote.fork()
+        pid = fork()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)

@@ -8,11 +8,11 @@ directory, so memory is all that there is to take back.
 It is not the copy that runs the cell, because a fork of a fork of a fork takes the kernel longer
 and longer (its anon_vma chains): at a depth of 30 five times as long.
 
-Contract with the zygote (hosted.py), at the other end of a state's socket:
-- The fork is made beside the state, not below it (CLONE_PARENT): every state is the zygote's own
+Contract with the warden (hosted.py), at the other end of a state's socket:
+- The fork is made beside the state, not below it (CLONE_PARENT): every state is the warden's own
   child, which alone sees how it ended, and no state is needed for another one to live.
-- A new process says hello and waits. Its pid cannot be anyone else's until the zygote, its parent,
-  has reaped it. Only when the zygote holds a pidfd of the copy, and has stopped it, does it say
+- A new process says hello and waits. Its pid cannot be anyone else's until the warden, its parent,
+  has reaped it. Only when the warden holds a pidfd of the copy, and has stopped it, does it say
   which cell is to be run: no copy ever knows.
 - A state that waits is stopped (SIGSTOP): whatever a cell left running in it does nothing.
 """
@@ -20,17 +20,16 @@ Contract with the zygote (hosted.py), at the other end of a state's socket:
 from __future__ import annotations
 
 import _thread
-import ctypes
 import os
 import resource
 import socket
 import sys
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from shared.sandbox import child, confine, syscalls
+from shared.sandbox import child, confine
 from shared.sandbox.packets import receive, send
 from shared.sandbox.result import Tier
 
@@ -38,10 +37,6 @@ if TYPE_CHECKING:
     from shared.sandbox.jail import Jail
 
 _SOCKET = 4
-_CLONE = syscalls.GUARDED.get("clone", -1)
-_PR_GET_TID_ADDRESS = 40
-_libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock: the fork needs it
-_libc.syscall.restype = ctypes.c_long
 
 
 class ThreadsLeftError(RuntimeError):
@@ -50,11 +45,8 @@ class ThreadsLeftError(RuntimeError):
     __module__ = "builtins"  # where the model is shown its name
 
 
-def serve(jail: Jail, module: types.ModuleType) -> NoReturn:
+def serve(jail: Jail, fork: Callable[[], int], module: types.ModuleType) -> NoReturn:
     """State 0: nothing has run yet."""
-    tid = ctypes.c_ulong()
-    if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(tid), 0, 0, 0):
-        tid.value = 0
     state = _own_socket()
     send(state, {"hello": True})
     while True:
@@ -62,7 +54,7 @@ def serve(jail: Jail, module: types.ModuleType) -> NoReturn:
         if not packet.fds:
             os._exit(0)
         if len(packet.fds) == 1:
-            state = _leave_copy(jail, state, packet.fds[0], tid.value)
+            state = _leave_copy(jail, fork, state, packet.fds[0])
         else:
             state.detach()  # it is closed with all that cells have opened, which copies would share
             _run_cell(module, packet.fds)
@@ -71,17 +63,19 @@ def serve(jail: Jail, module: types.ModuleType) -> NoReturn:
             send(state, {"kept": True, "memory": usage.ru_maxrss * 1024})
 
 
-def _leave_copy(jail: Jail, state: socket.socket, following: int, tid: int) -> socket.socket:
+def _leave_copy(
+    jail: Jail, fork: Callable[[], int], state: socket.socket, following: int
+) -> socket.socket:
     """The socket of the process that returns: in the copy it is `following`."""
     try:
-        pid = _fork_beside(tid)
+        pid = fork()
     except OSError as error:
         send(state, {"failed": str(error)})
         pid = -1
     if pid == 0:
         state.close()
         if jail.tier is not Tier.A:  # as in Jail.enter
-            confine.die_with_parent(jail.zygote)
+            confine.die_with_parent(jail.warden)
         os.dup2(following, _SOCKET)
         state = _own_socket()
         send(state, {"hello": True})
@@ -92,19 +86,6 @@ def _leave_copy(jail: Jail, state: socket.socket, following: int, tid: int) -> s
 def _own_socket() -> socket.socket:
     """Family and type are given, because to ask for them is not allowed."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=os.dup(_SOCKET))
-
-
-def _fork_beside(tid: int) -> int:
-    """As os.fork, but the child's parent is this process's parent. Raises OSError.
-
-    `tid` is where libc keeps the thread's id (0: unknown), so that the child's libc knows its own.
-    What os.fork does besides is for other threads: none is left (see `_join_threads`).
-    """
-    child_tid, tls = (tid, 0) if syscalls.MACHINE == "x86_64" else (0, tid)
-    pointers = (None, None, ctypes.c_void_p(child_tid), ctypes.c_void_p(tls))
-    return confine.check(
-        int(_libc.syscall(_CLONE, ctypes.c_ulong(confine.FORK_BESIDE), *pointers)), "fork"
-    )
 
 
 def _run_cell(module: types.ModuleType, fds: Sequence[int]) -> None:

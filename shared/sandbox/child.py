@@ -1,7 +1,7 @@
 """The life of one run, after the fork: confine, seed, execute, report, exit.
 
 What the model's code can reach in here it may change; nothing in here is trusted by anyone outside.
-The outcome is judged by the exit status that the zygote's `wait4` sees. `facts` (the exception) are
+The outcome is judged by the exit status that the warden's `wait4` sees. `facts` (the exception) are
 read as a claim of the run about itself.
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from shared.sandbox import cells, fixed
+from shared.sandbox import cells, confine, fixed, forks
 from shared.sandbox.packets import receive
 from shared.sandbox.result import Tier
 
@@ -74,10 +74,11 @@ def host(jail: Jail, ruleset: int, seed: int, sock: socket.socket) -> NoReturn:
     try:
         jail.enter(ruleset)
         arrange_descriptors(0, 0, 0, 0, sock.fileno())
+        fork = forks.beside(confine.OF_SESSION)
         fixed.seed(seed)
         jail.lock(_LIFE, session=True)
         sys.modules["__main__"] = module = types.ModuleType("__main__")
-        cells.serve(jail, module)
+        cells.serve(jail, fork, module)
     finally:
         leave(70)
 
@@ -242,8 +243,9 @@ FORBIDDEN = {
 }
 
 
-def try_forbidden(jail: Jail, ruleset: int, directory: Path | None, *, session: bool) -> int:
-    """Confine this process, then try to break out. Returns 0 or a key of FORBIDDEN."""
+def try_forbidden(jail: Jail, ruleset: int, in_own: bool, *, session: bool) -> int:
+    """Confine this process, then try to break out. Returns 0 or a key of FORBIDDEN. `in_own`: the
+    working directory is one that a run may write in, and a session may not."""
     try:
         jail.enter(ruleset)
         jail.lock(10, session=session)
@@ -259,17 +261,17 @@ def try_forbidden(jail: Jail, ruleset: int, directory: Path | None, *, session: 
     ]
     if jail.tier is not Tier.C:
         attempts += [(13, lambda: os.listdir("/etc"))]  # noqa: PTH208
-    if directory is not None:
-        attempts += [(14, lambda: _create(directory.parent / "outside"))]
+    if in_own:
+        attempts += [(14, lambda: _create(Path("../outside")))]
         if session:
-            attempts += [(18, lambda: _create(directory / "inside"))]
+            attempts += [(18, lambda: _create(Path("inside")))]
     for number, attempt in attempts:
         try:
             attempt()
         except OSError:
             continue
         return number
-    if directory is not None and not session:
+    if in_own and not session:
         try:
             _create(Path("inside"))
         except OSError:

@@ -1,4 +1,4 @@
-"""A process of the jail as the zygote, its parent, knows it."""
+"""A process of the jail as the warden, its parent, knows it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Child:
 
 
 def ended_facts(status: int, usage: resource.struct_rusage) -> dict[str, Any]:
-    """Wait status, CPU seconds, peak memory in bytes, and the peak memory of the zygote."""
+    """Wait status, CPU seconds, peak memory in bytes, and the peak memory of the warden."""
     cpu = usage.ru_utime + usage.ru_stime
     return {"status": status, "cpu": cpu, "memory": usage.ru_maxrss * 1024, "zygote": peak()}
 

@@ -132,10 +132,12 @@ _LOAD, _EQUAL, _GREATER_EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _NOTIFY, _KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 _EPERM, _EROFS, _ENOSYS = 0x00050000 | 1, 0x00050000 | 30, 0x00050000 | 38
 _NR, _ARCH = 0, 4
-_CLONE_VM, _CLONE_THREAD, CLONE_PARENT = 0x100, 0x10000, 0x8000
+_CLONE_VM, _CLONE_THREAD, _CLONE_PARENT = 0x100, 0x10000, 0x8000
 _CLONE_NEW = 0x7E020080  # any namespace
-CLONE_TID = 0x1000000 | 0x200000  # CHILD_SETTID, CHILD_CLEARTID: what libc's fork asks for
-FORK_BESIDE = CLONE_PARENT | CLONE_TID | signal.SIGCHLD  # the one fork that a session has
+_SET_TID, _CLEAR_TID = 0x1000000, 0x200000  # the former tells the new one's libc who it is
+# The two forks that there are, see forks.py.
+OF_SESSION = _CLONE_PARENT | _SET_TID | _CLEAR_TID | signal.SIGCHLD
+OF_ZYGOTE = _CLONE_PARENT | _SET_TID | signal.SIGCHLD
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FION* FIO*CLEX
 _FCNTLS = (0, 1, 2, 3, 4, 1030)  # F_DUPFD, F_?ETFD, F_?ETFL, F_DUPFD_CLOEXEC: no locks, no leases
 _CHANGES = 0o1 | 0o2 | 0o100 | 0o1000  # O_WRONLY, O_RDWR (O_TMPFILE has it), O_CREAT, O_TRUNC
@@ -165,7 +167,7 @@ def _guarded(forks: bool, writes: bool) -> dict[str, _Body]:
         "clone": [
             (_LOAD, 0, 0, _argument(0)),
             (_ANY_BIT, 4, 0, _CLONE_NEW),
-            (_EQUAL, 2, 0, FORK_BESIDE if forks else _CLONE_NEW),  # the latter was refused above
+            (_EQUAL, 2, 0, OF_SESSION if forks else _CLONE_NEW),  # the latter was refused above
             (_ANY_BIT, 0, 2, _CLONE_THREAD),
             (_ANY_BIT, 0, 1, _CLONE_VM),
             _ret(_ALLOW),  # as far as this filter goes; `supervise` has counted it
@@ -252,15 +254,16 @@ def filter_calls(program: bytes) -> None:
 
 def supervise() -> int:
     """From here on, starting a thread and forking beside oneself (CLONE_PARENT) wait, in every
-    process forked from this one, for the holder of the returned descriptor (see `permit`). After
-    `isolate`."""
+    process forked from this one, for the holder of the returned descriptor (see `permit`). Only the
+    zygote's own forks do not; `call_filter` leaves them to nobody else. After `isolate`."""
     program = [
         (_LOAD, 0, 0, _ARCH),
-        (_EQUAL, 0, 5, syscalls.AUDIT_ARCH),
+        (_EQUAL, 0, 6, syscalls.AUDIT_ARCH),
         (_LOAD, 0, 0, _NR),
-        (_EQUAL, 0, 3, syscalls.GUARDED["clone"]),
+        (_EQUAL, 0, 4, syscalls.GUARDED["clone"]),
         (_LOAD, 0, 0, _argument(0)),
-        (_ANY_BIT, 0, 1, _CLONE_THREAD | CLONE_PARENT),
+        (_EQUAL, 2, 0, OF_ZYGOTE),
+        (_ANY_BIT, 0, 1, _CLONE_THREAD | _CLONE_PARENT),
         _ret(_NOTIFY),
         _ret(_ALLOW),
     ]

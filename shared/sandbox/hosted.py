@@ -1,4 +1,4 @@
-"""A session as the zygote keeps it: its states, and the one cell that is under way.
+"""A session as the warden keeps it: its states, and the one cell that is under way.
 
 The owner asks on the session's channel: {"cell": number, "on": number} with [code, stdout, stderr,
 facts, status] makes the state `number` from the state `on`; {"drop": [numbers]} forgets states; the
@@ -27,7 +27,7 @@ from shared.sandbox.packets import Packet, pair, receive, send, tell
 from shared.sandbox.result import Tier
 
 if TYPE_CHECKING:
-    from shared.sandbox.zygote import Zygote
+    from shared.sandbox.warden import Warden
 
 _SANE = 1 << 40  # bytes
 
@@ -60,18 +60,18 @@ class _Cell:
 
 
 class HostedSession:
-    def __init__(self, zygote: Zygote, packet: Packet) -> None:
-        self._zygote = zygote
+    def __init__(self, warden: Warden, packet: Packet) -> None:
+        self._warden = warden
         self._states: dict[int, _State] = {}
         self._cell: _Cell | None = None
         self._alive: set[Child] = set()
         self._channel = socket.socket(fileno=packet.fds[0])
         self._group = 0
         self._ending = False
-        zygote.sessions.add(self)
+        warden.sessions.add(self)
         sock, theirs = pair()
         try:
-            pid = zygote.fork_session(packet.json()["seed"], theirs)
+            pid = warden.fork_session(packet.json()["seed"], theirs)
             process = self._adopt(pid)
             os.setpgid(pid, pid)  # before it has run a cell; all that it forks stays in this group
             self._group = pid
@@ -84,8 +84,8 @@ class HostedSession:
             theirs.close()
         process.running = False
         self._states[0] = _State(process, sock)
-        zygote.watch(sock.fileno(), self._first_hello)
-        zygote.watch(self._channel.fileno(), self._asked)
+        warden.watch(sock.fileno(), self._first_hello)
+        warden.watch(self._channel.fileno(), self._asked)
 
     def may_fork(self, pid: int) -> bool:
         """Does a state with this pid wait for its fork? Says so once."""
@@ -122,9 +122,9 @@ class HostedSession:
             return
         copy, theirs = pair()
         self._cell = _Cell(body["cell"], body["on"], runner, copy, status, given)
-        self._cell.forked = self._zygote.jail.tier is Tier.D  # where nobody is asked
-        self._zygote.watch(copy.fileno(), self._copied)
-        self._zygote.watch(runner.sock.fileno(), self._heard)
+        self._cell.forked = self._warden.tier is Tier.D  # where nobody is asked
+        self._warden.watch(copy.fileno(), self._copied)
+        self._warden.watch(runner.sock.fileno(), self._heard)
         runner.process.signal(signal.SIGCONT)
         try:
             runner.sock.setblocking(False)  # hostile code may have filled it
@@ -138,7 +138,7 @@ class HostedSession:
 
     def _first_hello(self) -> None:
         sock = self._states[0].sock
-        self._zygote.unwatch(sock.fileno())
+        self._warden.unwatch(sock.fileno())
         packet = receive(sock)
         packet.close()
         if packet.body:
@@ -154,7 +154,7 @@ class HostedSession:
         assert cell is not None
         packet = receive(cell.copy)
         packet.close()
-        self._zygote.unwatch(cell.copy.fileno())
+        self._warden.unwatch(cell.copy.fileno())
         try:
             if "hello" not in packet.json() or not cell.forked:
                 raise ValueError
@@ -186,7 +186,7 @@ class HostedSession:
         packet = receive(cell.runner.sock)
         packet.close()
         if not packet.body:
-            self._zygote.unwatch(cell.runner.sock.fileno())  # its end will be seen
+            self._warden.unwatch(cell.runner.sock.fileno())  # its end will be seen
             return
         try:
             body = packet.json()
@@ -196,14 +196,14 @@ class HostedSession:
             runner = cell.runner.process
             runner.signal(signal.SIGSTOP)
             runner.running = False
-            self._zygote.unwatch(cell.runner.sock.fileno())
+            self._warden.unwatch(cell.runner.sock.fileno())
             self._states[cell.number] = cell.runner
             self._cell = None
             memory = body.get("memory")  # its own claim
             sane = type(memory) is int and 0 <= memory < _SANE
             tell(cell.status, {"kept": True, "memory": memory if sane else 0})
             cell.status.close()
-        elif "failed" in body and not self._zygote.can_fork():
+        elif "failed" in body and not self._warden.can_fork():
             tell(cell.status, {"failed": "this host lets no process be made"})
             self._end()
         else:
@@ -213,7 +213,7 @@ class HostedSession:
         def ended(status: int, usage: resource.struct_rusage) -> None:
             self._ended(process, status, usage)
 
-        process = self._zygote.adopt(pid, ended)
+        process = self._warden.adopt(pid, ended)
         self._alive.add(process)
         return process
 
@@ -245,7 +245,7 @@ class HostedSession:
         if self._ending:
             return
         self._ending = True
-        self._zygote.unwatch(self._channel.fileno())
+        self._warden.unwatch(self._channel.fileno())
         if (cell := self._cell) is not None:
             self._close(cell.runner.sock)
             self._close(cell.copy)
@@ -266,9 +266,9 @@ class HostedSession:
                 os.waitpid(-self._group, 0)
         for state in self._states.values():
             self._close(state.sock)
-        self._zygote.sessions.discard(self)
+        self._warden.sessions.discard(self)
         self._channel.close()  # the owner sees that all is over
 
     def _close(self, sock: socket.socket) -> None:
-        self._zygote.unwatch(sock.fileno())
+        self._warden.unwatch(sock.fileno())
         sock.close()

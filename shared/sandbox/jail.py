@@ -1,11 +1,12 @@
-"""What the children of a zygote are confined by, made once: a run only puts it on."""
+"""What the processes of a jail are confined by, made once: a run only puts it on."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +17,17 @@ from shared.sandbox.trees import remove_tree
 
 @dataclass(frozen=True, slots=True)
 class Jail:
-    """`limits` are rlimits beside those that a zygote shares with its children; `cpu` is the most
+    """`limits` are rlimits beside those that a zygote shares with its forks; `cpu` is the most
     seconds that any of them may be given; `filters` are of system calls: a run's, a session's."""
 
     tier: Tier
-    zygote: int  # its pid, as its children see it
+    warden: int  # pid of the parent of all, as they see it
     limits: tuple[tuple[int, int], ...]
     cpu: int
     filters: tuple[bytes, bytes]
 
     @classmethod
-    def make(cls, tier: Tier, limits: Mapping[str, int]) -> Jail:
+    def make(cls, tier: Tier, limits: Mapping[str, int], warden: int) -> Jail:
         """In the zygote, once all is imported."""
         shared = {
             resource.RLIMIT_FSIZE: limits["file_size"],
@@ -43,19 +44,19 @@ class Jail:
         pairs = tuple((which, confine.allowed(which, value)) for which, value in own.items())
         cpu = confine.allowed(resource.RLIMIT_CPU, 1 << 40)
         if tier is Tier.D:
-            return cls(tier, os.getpid(), pairs, cpu, (b"", b""))
+            return cls(tier, warden, pairs, cpu, (b"", b""))
         truncate = tier is Tier.B and confine.landlock_abi() >= confine.TRUNCATE_ABI
         run, session = (
             confine.call_filter(forks=forks, writes=truncate or tier is Tier.A)
             for forks in (False, True)
         )
-        return cls(tier, os.getpid(), pairs, cpu, (run, session))
+        return cls(tier, warden, pairs, cpu, (run, session))
 
     def enter(self, ruleset: int) -> None:
         """Confine the calling process to a room, for good; it still may be told what to do. That
-        it gains no privileges and cannot be inspected comes from the zygote."""
-        if self.tier is not Tier.A:  # there the zygote is pid 1, without which nobody lives
-            confine.die_with_parent(self.zygote)
+        it gains no privileges and cannot be inspected comes from the warden."""
+        if self.tier is not Tier.A:  # there the warden is pid 1, without which nobody lives
+            confine.die_with_parent(self.warden)
         if ruleset >= 0:
             confine.restrict(ruleset)
 
@@ -75,6 +76,18 @@ class Room:
 
     directory: Path | None
     ruleset: int
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor of the directory; -1 if there is none."""
+        if self.directory is None:
+            yield -1
+            return
+        fd = os.open(self.directory, os.O_PATH | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
 
 class Rooms:

@@ -59,7 +59,7 @@ class Zygote:
             environment["LD_LIBRARY_PATH"] = libraries  # some interpreters need it to start
         owner = os.pidfd_open(os.getpid())
         with tempfile.TemporaryFile() as log:
-            command = [sys.executable, "-s", "-S", "-P", "-B", "-m", "shared.sandbox.zygote"]
+            command = [sys.executable, "-s", "-S", "-P", "-B", "-m", "shared.sandbox.warden"]
             self.process = subprocess.Popen(
                 [*command, str(there.fileno()), str(owner)],
                 env=environment,

@@ -68,13 +68,19 @@ def receive(sock: socket.socket) -> Packet:
         body, ancillary, _, _ = sock.recvmsg(SIZE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         return Packet(b"", [])
-    fds, sender = array.array("i"), None
+    fds: list[int] = []
+    sender = None
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            fds += descriptors(data)
         elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
             sender = struct.unpack("3i", data)[0]
-    return Packet(body, list(fds), sender)
+    return Packet(body, fds, sender)
+
+
+def descriptors(rights: bytes) -> list[int]:
+    """What SCM_RIGHTS brought."""
+    return list(memoryview(rights[: len(rights) & -4]).cast("i"))
 
 
 def as_memfd(code: str) -> int:

@@ -225,7 +225,7 @@ def test_cancelling_kills_the_run() -> None:
     async def main() -> None:
         async with Sandbox(zygotes=1, preload=(), warmup="") as s:
             task = asyncio.create_task(s.arun("while True: pass", timeout=500))
-            await asyncio.to_thread(eventually, lambda: len(processes(s)) >= 4)
+            await asyncio.to_thread(eventually, lambda: len(processes(s)) >= 5)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -284,7 +284,7 @@ def test_a_zygote_killed_under_a_run_costs_one_silent_retry_and_then_is_an_infra
             while not stop.is_set():
                 for process in processes(sandbox):
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        if len(process.children()) == 0 and len(processes(sandbox)) >= 4:
+                        if len(process.children()) == 0 and len(processes(sandbox)) >= 5:
                             process.parent().kill()
                 stop.wait(0.05)
 
@@ -301,12 +301,29 @@ def test_a_child_that_dies_while_it_waits_costs_nothing() -> None:
     """Somebody needed the memory: the next run makes its process itself."""
     with bare() as sandbox:
         for _ in range(3):
-            (waiting,) = (p for p in processes(sandbox) if not p.children())
+            eventually(lambda: len(leaves(sandbox)) == 2)
+            _, waiting = leaves(sandbox)
             waiting.kill()
             psutil.wait_procs([waiting], timeout=60)
             assert sandbox.run("print(1)").stdout == "1\n"
         (only,) = sandbox._all
         assert only.runs == 3
+
+
+def leaves(sandbox: Sandbox) -> list[psutil.Process]:
+    """Who has no children, oldest first."""
+    return sorted((p for p in processes(sandbox) if not p.children()), key=lambda p: p.pid)
+
+
+def test_a_zygote_that_dies_is_missed_at_once_and_replaced() -> None:
+    """The warden alone can make no process: it ends, and the run gets another jail."""
+    with bare() as sandbox:
+        (first,) = sandbox._all
+        zygote, _ = leaves(sandbox)
+        zygote.kill()
+        eventually(lambda: not first.alive)
+        assert sandbox.run("print(1)").stdout == "1\n"
+        assert first not in sandbox._all
 
 
 def test_worn_zygotes_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +348,7 @@ def test_closing_leaves_no_process_and_no_directory(
         cells.open()
         cells.run("x = 1")
         found = processes(sandbox)
-        assert len(found) >= 4
+        assert len(found) >= 5
     assert not psutil.wait_procs(found, timeout=60)[1]
     assert list(tmp_path.iterdir()) == []
 
@@ -351,7 +368,8 @@ def test_when_the_owner_is_killed_everything_dies(tier: Tier, tmp_path: Path) ->
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert owner.stdout is not None
     assert owner.stdout.readline() == b"ready\n"
-    wanted = 7 if tier is Tier.A else 6  # (launcher,) zygote, the next run, three states, run
+    # (launcher,) warden, zygote, the next run, three states, run
+    wanted = 8 if tier is Tier.A else 7
     root = psutil.Process(owner.pid)
     eventually(lambda: len(root.children(recursive=True)) >= wanted)
     processes = root.children(recursive=True)

@@ -12,7 +12,7 @@ import pytest
 
 from shared.errors import SandboxError
 from shared.sandbox import Limits, Outcome, Sandbox, Session, Tier, pool, watch
-from shared.sandbox import zygote as zygotes
+from shared.sandbox import warden as wardens
 from shared.sandbox.packets import Packet
 from tests.sandboxes import eventually, lose_zygotes, processes
 
@@ -83,23 +83,29 @@ def test_only_the_session_itself_may_fork(cells: Session) -> None:
     assert bomb.outcome is Outcome.MODEL_ERROR
 
 
+FORKS = """import ctypes, os, sys
+cells = sys.modules["shared.sandbox.cells"]
+leave = cells._leave_copy
+def make(by):
+    cells._leave_copy = lambda jail, fork, *rest: leave(jail, by(fork), *rest)
+"""
 BREAK = {
-    "does not fork": "def broken(*_): raise OSError\ncells._fork_beside = broken",
-    "talks nonsense": "cells._fork_beside = lambda _: cells.send(cells._own_socket(), {'x': 1})",
-    "sends no JSON": "cells._fork_beside = lambda _: cells._own_socket().send(b'[')",
-    "sends JSON without an end": "cells._fork_beside = lambda _:"
-    " cells._own_socket().send(b'[' * 60000)",
+    "does not fork": "def broken(): raise OSError\nmake(lambda fork: broken)",
+    "talks nonsense": "make(lambda fork: lambda: cells.send(cells._own_socket(), {'x': 1}))",
+    "sends no JSON": "make(lambda fork: lambda: cells._own_socket().send(b'['))",
+    "sends JSON without an end": "make(lambda fork:"
+    " lambda: cells._own_socket().send(b'[' * 60000))",
     "talks nonsense instead of running its cell": "receive = cells.receive\ndef broken(s):\n"
     "  p = receive(s)\n  if len(p.fds) > 1: s.send(b'[' * 60000)\n  return p\n"
     "cells.receive = broken",
     "its copy talks nonsense": "me, send = os.getpid(), cells.send\n"
     "cells.send = lambda s, b: send(s, b) if os.getpid() == me else s.send(b'[' * 60000)",
-    "ends itself": "cells._fork_beside = lambda _: os._exit(0)",
-    "says hello for its child": "import socket\nfork = cells._fork_beside\ndef forged(tid):\n"
+    "ends itself": "make(lambda fork: lambda: os._exit(0))",
+    "says hello for its child": "import socket\ndef forged(fork):\n"
     "  for n in range(5, 16):\n    try: os.fstat(n)\n    except OSError: continue\n"
     "    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=n)\n"
     "    try: cells.send(s, {'hello': True})\n    except OSError: pass\n    s.detach()\n"
-    "  return fork(tid)\ncells._fork_beside = forged",
+    "  return fork()\nmake(lambda fork: lambda: forged(fork))",
     "ends itself when it is told the cell": "receive = cells.receive\ndef broken(s):\n"
     "  p = receive(s)\n  return os._exit(0) if len(p.fds) > 1 else p\ncells.receive = broken",
     "is killed when it is told the cell": "receive = cells.receive\ndef broken(s):\n"
@@ -109,7 +115,7 @@ BREAK = {
     "cells.send = lambda s, b: send(s, b) if os.getpid() == me else os._exit(0)",
     "its copy is killed before it is one": "me, send = os.getpid(), cells.send\n"
     "cells.send = lambda s, b: send(s, b) if os.getpid() == me else ctypes.string_at(0)",
-    "never leaves a copy": "import time; cells._fork_beside = lambda _: time.sleep(99)",
+    "never leaves a copy": "import time; make(lambda fork: lambda: time.sleep(99))",
     "its copy never says so": "import time; me, send = os.getpid(), cells.send\n"
     "cells.send = lambda s, b: send(s, b) if os.getpid() == me else time.sleep(99)",
 }
@@ -122,7 +128,7 @@ def test_a_session_that_breaks_its_own_machinery_hurts_only_itself(
     """It is the model's fault, never an infrastructure error; and there is a way back."""
     zygotes = set(sandbox._all)
     cells.run("x = 1")
-    cells.run("import ctypes, os, sys; cells = sys.modules['shared.sandbox.cells']\n" + BREAK[how])
+    cells.run(FORKS + BREAK[how])
     with monkeypatch.context() as impatient:
         if "never" in how:
             impatient.setattr(watch, "_STARTUP", 1.0)
@@ -349,22 +355,22 @@ def test_a_closed_session_refuses(sandbox: Sandbox) -> None:
 
 def test_a_process_is_followed_even_if_it_is_dead_by_then_and_a_stranger_never_is() -> None:
     """The interleaving that lost sessions once: a cell ends before anyone has looked at its pid.
-    The zygote is its parent, so until the zygote reaps it the pid can be nobody else's."""
-    zygote = object.__new__(zygotes.Zygote)
-    zygote._poll, zygote._handlers, zygote.children = select.epoll(), {}, {}
+    The warden is its parent, so until the warden reaps it the pid can be nobody else's."""
+    warden = object.__new__(wardens.Warden)
+    warden._poll, warden._handlers, warden.children = select.epoll(), {}, {}
     pid = os.fork()
     if pid == 0:
         os._exit(7)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it is dead now, and not reaped
     ends = []
-    child = zygote.adopt(pid, lambda status, usage: ends.append(os.waitstatus_to_exitcode(status)))
+    child = warden.adopt(pid, lambda status, usage: ends.append(os.waitstatus_to_exitcode(status)))
     with pytest.raises(ChildProcessError, match="known"):
-        zygote.adopt(pid, lambda status, usage: None)
-    zygote._handlers[child.pidfd]()
+        warden.adopt(pid, lambda status, usage: None)
+    warden._handlers[child.pidfd]()
     assert ends == [7]
     for stranger in (os.getppid(), pid):
         with pytest.raises((ChildProcessError, ProcessLookupError)):
-            zygote.adopt(stranger, lambda status, usage: None)
+            warden.adopt(stranger, lambda status, usage: None)
 
 
 @pytest.mark.parametrize("ending", ["1 / 0", "import os; os._exit(3)"])
