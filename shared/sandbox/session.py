@@ -242,7 +242,9 @@ class Session:
         try:
             with (
                 sandbox.a_zygote(host.zygote),
-                Watch(sandbox.limits, timeout, cancel.fd, ours=not depth) as watch,
+                Watch(
+                    sandbox.limits, timeout, cancel.fd, ours=not depth, may_be_kept=True
+                ) as watch,
             ):
                 with host.ask(body, code, watch) as status:
                     end = watch.until_end(status)

@@ -187,6 +187,7 @@ class Watch:
     timeout: float
     cancel: int  # an eventfd; readable means: give up
     ours: bool = True  # what is asked to start it is our own; False: a session's, which may not
+    may_be_kept: bool = False  # it is a cell, whose state may outlive it
     end: End | None = None
     process: Process | None = None
     killed: Ended | None = None
@@ -258,7 +259,8 @@ class Watch:
         body = packet.json()
         if "started" in body:
             self.process, self._began = Process.from_pidfd(packet.fds[0]), time.monotonic()
-            self._used, self._faults = body.get("cpu", 0.0), self.process.faults()
+            self._used = body.get("cpu", 0.0)
+            self._faults = self.process.faults() if self.may_be_kept else 0
             if self.killed is not None:
                 self.process.kill()
         elif "status" in body:

@@ -34,7 +34,8 @@ SELECT r.position, r.split, r.problem_key, p.text, p.answer, p.source, p.externa
 FROM snapshot_rows r
 JOIN problems p ON p.key = r.problem_key
 LEFT JOIN trajectories t ON t.id = r.trajectory_id
-WHERE r.snapshot_id = %s AND r.position = ANY(%s)
+WHERE r.snapshot_id = %s
+    AND r.position = ANY(ARRAY(SELECT generate_series(%s::int, %s::int, %s::int)))
 ORDER BY r.position
 """
 
@@ -86,7 +87,7 @@ class DatabaseSource:
 
     def _page(self, wanted: range, connection: psycopg.Connection[Any]) -> list[StoredRow]:
         with connection.cursor(binary=True, row_factory=tuple_row) as cursor:
-            cursor.execute(ROWS, (self.snapshot_id, list(wanted)))
+            cursor.execute(ROWS, (self.snapshot_id, wanted[0], wanted[-1], wanted.step))
             return list(map(StoredRow._make, cursor.fetchall()))
 
     def _gone(self) -> DatabaseError:

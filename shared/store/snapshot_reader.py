@@ -18,9 +18,10 @@ What `rows` promises:
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -43,6 +44,7 @@ from shared.store.snapshot_rows import (
 from shared.store.snapshots import Record, is_folder
 
 AHEAD = 2  # pages that are read before they are asked for
+SLOW = 10.0  # a caller who has this many times as much to do with a page as it takes to read it
 
 _Entry = TypeVar("_Entry")
 
@@ -132,20 +134,33 @@ Page = list[tuple[StoredRow, bytes | None]]
 
 
 def _ahead(source: Source, shard: Shard) -> Iterator[Page]:
-    """The shard's pages, AHEAD of them read and unpacked in a thread while the caller works."""
+    """The shard's pages, AHEAD of them read and unpacked in a thread while the caller works.
+
+    A caller that does little with a page is better served without: two threads that both want the
+    interpreter take longer together than one after the other.
+    """
     stop = Event()
     pages = source.pages(shard, stop)
 
-    def read() -> Page | None:
+    def read() -> tuple[Page | None, float]:
+        began = time.monotonic()
         page = next(pages, None)
-        return None if page is None else list(zip(page, unpack(page), strict=True))
+        unpacked = None if page is None else list(zip(page, unpack(page), strict=True))
+        return unpacked, time.monotonic() - began
 
     with ThreadPoolExecutor(1, thread_name_prefix="snapshot") as pool:
-        waiting = deque(pool.submit(read) for _ in range(AHEAD))
+        waiting: deque[Future[tuple[Page | None, float]]] = deque()
+        is_slow = True
         try:
-            while (page := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(read))
+            while True:
+                page, took = waiting.popleft().result() if waiting else read()
+                if page is None:
+                    return
+                while is_slow and len(waiting) < AHEAD:
+                    waiting.append(pool.submit(read))
+                began = time.monotonic()
                 yield page
+                is_slow = time.monotonic() - began > SLOW * took
         finally:
             stop.set()
             for unread in waiting:

@@ -15,7 +15,7 @@ from shared.store.snapshots import Record
 from shared.store.trajectories import decode
 from shared.trajectory import Problem, Trajectory
 
-PAGE = 64  # rows that are read at a time: unpacked about a MB
+PAGE = 256  # rows that are read at a time: unpacked about 4 MB
 UNPACK_LIMIT = 64 << 20  # bytes of a page that are unpacked at once, ahead of their use
 
 UNREADABLE = (zstandard.ZstdError, ValueError, KeyError, TypeError)  # what `decode` may raise

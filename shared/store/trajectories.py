@@ -34,7 +34,7 @@ from shared.store.models import (
     UsageRow,
     VerdictRow,
 )
-from shared.trajectory import Check, Problem, Step, Trajectory, Verdict, canonical_json, clean
+from shared.trajectory import Check, Problem, Step, Trajectory, Verdict, clean, clean_json
 from shared.trajectory import content_hash as hash_of
 
 IMPORT_BATCH = 1000  # problems per statement
@@ -89,8 +89,8 @@ class Encoded:
 
 
 def encode(trajectory: Trajectory) -> Encoded:
-    plain, cleaned = _canonical(trajectory)
-    identity, _ = _canonical(trajectory.identity())
+    plain, cleaned = clean_json(trajectory)
+    identity, _ = clean_json(trajectory.identity())
     packed = _compressor().compress(plain)
     return Encoded(packed, len(plain), hashlib.sha256(identity).hexdigest(), cleaned)
 
@@ -293,21 +293,6 @@ def _fields(usage: RoleUsage) -> dict[str, Any]:
     return {name: getattr(usage, name) for name in RoleUsage.__slots__}
 
 
-def _canonical(value: Trajectory | Mapping[str, Any]) -> tuple[bytes, bool]:
-    """Canonical JSON of the cleaned value, and whether cleaning changed it.
-
-    What encodes at once and has no NUL needs no cleaning, which costs as much as all the rest.
-    """
-    try:
-        plain = canonical_json(value)
-    except (TypeError, ValueError):
-        plain = b""
-    if plain and b"\\u0000" not in plain:
-        return plain, False
-    cleaned, changed = clean(value.body() if isinstance(value, Trajectory) else value)
-    return canonical_json(cleaned), changed
-
-
 @lru_cache
 def _copy_of(table: type[Base], names: tuple[str, ...]) -> tuple[sql.Composed, list[str]]:
     """The COPY statement, and PostgreSQL's names for the columns' types."""
@@ -325,7 +310,7 @@ class _Json(Dumper):
     oid = 3802
 
     def dump(self, obj: Mapping[str, Any]) -> bytes:
-        return b"\x01" + _canonical(obj)[0]
+        return b"\x01" + clean_json(obj)[0]
 
 
 class _TextArray(Dumper):

@@ -20,7 +20,14 @@ import pytest
 from sqlalchemy import make_url, select
 
 from shared.errors import ConfigError, DatabaseError, InputError
-from shared.store import Database, EmbeddedPostgres, Snapshot, TrajectoryEntry, migrate
+from shared.store import (
+    Database,
+    EmbeddedPostgres,
+    Snapshot,
+    TrajectoryEntry,
+    migrate,
+    snapshot_reader,
+)
 from shared.store import snapshot_database as reading
 from shared.store.database import libpq_conninfo
 from shared.store.models import ManifestRow
@@ -338,6 +345,34 @@ def test_memory_holds_a_few_pages_whatever_the_length(
         taken += 1
         assert sum(asked) - taken < 4 * reading.PAGE
     assert sum(asked) == taken == N
+
+
+@pytest.mark.parametrize("slow", [0.0, 1e9])
+def test_a_thread_reads_ahead_for_who_has_more_to_do_than_to_read(
+    shared: Frozen, monkeypatch: pytest.MonkeyPatch, slow: float
+) -> None:
+    """Every caller counts as slow, or none does. The rows are the same, a lost server included."""
+    monkeypatch.setattr(snapshot_reader, "SLOW", slow)
+    readers = []
+    page = reading.DatabaseSource._page
+
+    def noted(source: object, wanted: range, connection: object) -> object:
+        readers.append(threading.current_thread() is not threading.main_thread())
+        return page(source, wanted, connection)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reading.DatabaseSource, "_page", noted)
+    rows = []
+    for entry in Snapshot.open(NAME, shared.url).rows():
+        rows.append(entry)
+        if entry.position % 50 == 20:
+            cut(shared.url)
+    assert rows == shared.entries
+    first, *others = readers
+    assert not first, "there is nothing to do beside it yet"
+    if slow:
+        assert 0 < others.count(True) <= 2 * snapshot_reader.AHEAD, "before anybody knew, or again"
+    else:
+        assert all(others)
 
 
 def test_an_abandoned_stream_leaves_no_thread(shared: Frozen) -> None:
