@@ -148,10 +148,10 @@ class _Slice:
                 self.alone = self.alone and bool(self.tasks)
                 in_time = stop_at is None and now < started + self.settings.slice_seconds
                 leasing = in_time and not self.alone
-                if leasing and (now >= next_lease or not self.tasks):
-                    wanted = self.settings.in_flight - len(self.tasks)
-                    if wanted > await self._lease(wanted):
-                        next_lease = time.monotonic() + IDLE
+                wanted = self.settings.in_flight - len(self.tasks)
+                due = now >= next_lease or not self.tasks
+                if leasing and due and wanted and wanted > await self._lease(wanted):
+                    next_lease = time.monotonic() + IDLE
                 if not self.tasks:
                     return
                 await asyncio.wait(self.tasks, timeout=TICK, return_when=asyncio.FIRST_COMPLETED)

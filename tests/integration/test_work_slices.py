@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -15,7 +16,7 @@ from shared.errors import DatabaseError
 from shared.store import Completed, Database, ItemState, RunState, queries
 from shared.store.trajectories import import_problems
 from shared.trajectory import End, Problem, Trajectory
-from shared.work import items, slots
+from shared.work import items, slices, slots
 from shared.work.items import Failed, LeasedItem
 from shared.work.runs import create_run
 from shared.work.slices import INTERNAL, TIMEOUT, Handler, RunInfo, SliceSettings, run_slice
@@ -245,6 +246,31 @@ def test_heartbeat_keeps_items_longer_than_a_lease(db: Database) -> None:
     with db.session() as session:
         row = session.execute(text("SELECT attempt, kills FROM work_items")).one()
     assert tuple(row) == (1, 0)
+
+
+def test_a_slice_that_is_full_waits_and_takes_no_more(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks again and again while nothing ends; then the rest is done as well."""
+    run_id, bell = make_run(db, SETTINGS.in_flight + 2)
+    monkeypatch.setattr(slices, "TICK", 0.01)
+    asked: list[int] = []
+    lease = items.lease
+
+    def noted(db: Database, run_id: int, owner: str, n: int, *more: Any, **others: Any) -> Any:
+        asked.append(n)
+        return lease(db, run_id, owner, n, *more, **others)
+
+    monkeypatch.setattr(items, "lease", noted)
+
+    async def handler(item: LeasedItem) -> Completed | Failed:
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        return completed(item)
+
+    assert work(db, bell, handler) is None
+    assert funnel(db, run_id).items[ItemState.VETTED] == SETTINGS.in_flight + 2
+    assert 0 not in asked
 
 
 def test_told_to_stop_it_gives_everything_back(db: Database) -> None:
