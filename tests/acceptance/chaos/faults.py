@@ -140,13 +140,22 @@ def broker(world: World, rng: random.Random, busy: set[str]) -> Fault | None:
 
 
 def endpoint(world: World, rng: random.Random, busy: set[str]) -> Fault | None:
-    """kill -9 of the model's server: requests wait and are sent again."""
-    if "endpoint" in busy or world.endpoint is None:
+    """kill -9 of one of the model's servers, or of all: requests are sent again, to the other one
+    if there is one."""
+    if "endpoint" in busy:
         return None
-    world.endpoint.kill()
-    world.endpoint.wait()
+    ports = rng.choice([[port] for port in world.endpoints] + [list(world.endpoints)])
+    for port in ports:
+        world.endpoints[port].kill()
+        world.endpoints[port].wait()
+
+    def repair() -> None:
+        for port in ports:
+            world.start_endpoint(port)
+
     due = time.monotonic() + rng.uniform(0, 2.5)
-    return Fault("endpoint", "endpoint", frozenset({"endpoint"}), 0, due, world.start_endpoint)
+    target = "endpoint " + " and ".join(map(str, ports))
+    return Fault("endpoint", target, frozenset({"endpoint"}), 0, due, repair)
 
 
 def stop(world: World, rng: random.Random, busy: set[str]) -> Fault | None:

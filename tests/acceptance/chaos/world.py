@@ -30,7 +30,7 @@ from tirgen.config import RunConfig, load
 
 ROOT = Path(__file__).parents[3]
 HERE, FAR, NOWHERE = "10.77.0.1", "10.77.0.2", "02:00:00:00:00:99"
-ENDPOINT_PORT = 18000
+ENDPOINT_PORTS = (18000, 18001)
 RUN = "chaos"
 SETTINGS = {"listen_addresses": "*", "max_wal_size": "96MB", "min_wal_size": "32MB"}
 
@@ -70,7 +70,7 @@ class World:
         self.home, self.workers = home, workers
         self.postgres = EmbeddedPostgres(home / "db")
         self.broker = Broker(broker, home, HERE)
-        self.endpoint: subprocess.Popen[bytes] | None = None
+        self.endpoints: dict[int, subprocess.Popen[bytes]] = {}  # by port
         self.cable: subprocess.Popen[bytes] | None = None
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("TIRGEN_", "OPENAI_"))}
         self.environ = environ | {
@@ -85,7 +85,8 @@ class World:
         self._lay_cable()
         self._start_database()
         self.broker.start()
-        self.start_endpoint()
+        for port in ENDPOINT_PORTS:
+            self.start_endpoint(port)
         self.db = Database(self.postgres.start())
         migrate.upgrade(self.db)
         self.app = make_app(self.db, self.environ)
@@ -103,15 +104,15 @@ class World:
         """Patient enough for a model that is away for seconds."""
         patience = ("max_retries=20", "connect_timeout=2", "timeout=20", "deadline=55")
         more = [f"{role}.endpoint.{key}" for role in ("reasoner", "extractor") for key in patience]
-        url = f"http://{HERE}:{ENDPOINT_PORT}/v1"
+        url = ",".join(f"http://{HERE}:{port}/v1" for port in ENDPOINT_PORTS)
         return load("nano", None, [*more, f"in_flight={IN_FLIGHT}"], url, "fake")
 
     @staticmethod
     def problem(i: int, note: str = "") -> Problem:
         return Problem(f"{question(i)}{note}", str(7 * i), "chaos", str(i))
 
-    def start_endpoint(self) -> None:
-        self.endpoint = self._spawn("endpoint", [str(ENDPOINT_PORT)])
+    def start_endpoint(self, port: int) -> None:
+        self.endpoints[port] = self._spawn("endpoint", [str(port)], f"endpoint-{port}")
 
     def start_worker(self, worker: Worker) -> None:
         arguments = [str(worker.processes), str(worker.clock)]
@@ -149,9 +150,9 @@ class World:
     def close(self) -> None:
         self.db.close()
         self.broker.stop()
-        if self.endpoint is not None:
-            self.endpoint.kill()
-            self.endpoint.wait()
+        for endpoint in self.endpoints.values():
+            endpoint.kill()
+            endpoint.wait()
         self.postgres.stop()
 
     def orphans(self) -> list[str]:
