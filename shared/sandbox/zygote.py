@@ -77,7 +77,7 @@ def warm(modules: list[str], source: str) -> None:
 def _serve(channel: socket.socket, jail: Jail) -> None:
     fork = forks.beside(confine.OF_ZYGOTE)
     while True:
-        body, ancillary, _, _ = channel.recvmsg(64, _SPACE, socket.MSG_CMSG_CLOEXEC)
+        body, ancillary, _, _ = channel.recvmsg(1024, _SPACE, socket.MSG_CMSG_CLOEXEC)
         fds = descriptors(ancillary[0][2]) if ancillary else []
         if not body:
             return
