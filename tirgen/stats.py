@@ -25,7 +25,7 @@ from shared.store.models import (
     pass_rates,
 )
 from shared.store.queries import Funnel, UsageTotal, find_run, funnel, usage
-from tirgen import agreement
+from tirgen import agreement, budgets
 
 QUEUE = 10  # majorities that differ from the reference, as many as are listed
 
@@ -76,6 +76,7 @@ class RunStats:
     outcomes: Mapping[str, int]
     subjects: Mapping[str | None, Mapping[ItemState, int]]
     usage: tuple[UsageTotal, ...]
+    costs: tuple[float, ...]  # of each of `usage`, by the run's prices
     elapsed: float
     consensus: agreement.Summary  # all zero before `tirgen consensus`
     examples: tuple[Failure, ...] = ()  # one of each error class
@@ -153,7 +154,8 @@ class RunStats:
             "finished_per_minute": self.per_minute,
             "subjects": [{"subject": s, **states} for s, states in self.subjects.items()],
             "usage": [
-                {name: getattr(one, name) for name in UsageTotal.__slots__} for one in self.usage
+                {name: getattr(one, name) for name in UsageTotal.__slots__} | {"cost": cost}
+                for one, cost in zip(self.usage, self.costs, strict=True)
             ],
             "consensus": self.consensus.to_json(),
             "right_answers": {"n": self.right[0], "of": self.right[1]},
@@ -180,13 +182,15 @@ def gather(db: Database, name: str) -> RunStats:
             WorkItemRow.state.not_in((ItemState.QUEUED, ItemState.LEASED)),
         )
         ended = session.scalar(last)
+        used = tuple(usage(session, run.id))
         return RunStats(
             funnel=funnel(session, run.id),
             trajectories=_trajectories(session, run.id),
             ends=_ends(session, run.id),
             outcomes=_outcomes(session, run.id),
             subjects=_subjects(session, run.id),
-            usage=tuple(usage(session, run.id)),
+            usage=used,
+            costs=tuple(budgets.cost(run.config, one) for one in used),
             elapsed=(ended - run.created_at).total_seconds() if ended else 0.0,
             consensus=agreement.summary(session, run.id, QUEUE),
             examples=tuple(_failures(session, run.id, one_per_class=True)),

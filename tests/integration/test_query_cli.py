@@ -386,6 +386,24 @@ def test_stats_reconcile_with_sql(tirgen: Tirgen, filled: Database) -> None:
     assert "The counts reconcile: 24 items = 12 vetted + 8 rejected + 4 failed" in page
 
 
+def test_stats_say_what_a_run_cost_where_tokens_have_a_price(
+    tirgen: Tirgen, filled: Database
+) -> None:
+    assert "cost" not in said(tirgen("stats", "one"))
+    prices = {"reasoner": {"endpoint": {"prompt_price": 3.0, "completion_price": 15.0}}}
+    with filled.begin() as session:
+        update = "UPDATE runs SET config = :config WHERE name = 'one'"
+        session.execute(text(update), {"config": json.dumps(prices)})
+    found = {
+        u["role"]: u for u in json.loads(said(tirgen("stats", "one", "--format", "json")))["usage"]
+    }
+    spoken = found["reasoner"]
+    due = (3 * spoken["prompt_tokens"] + 15 * spoken["completion_tokens"]) / 1e6
+    assert spoken["cost"] == pytest.approx(due)
+    assert found["extractor"]["cost"] == 0
+    assert f"{due:.3g}" in said(tirgen("stats", "one"))
+
+
 def test_stats_say_so_when_counts_do_not_reconcile(tirgen: Tirgen, filled: Database) -> None:
     with filled.begin() as session:
         run = session.get(RunRow, 1)

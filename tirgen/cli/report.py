@@ -43,12 +43,20 @@ def page(stats: RunStats) -> Iterator[RenderableType]:
         yield Text()
         yield from agreed(stats.consensus)
     if stats.usage:
-        names = ("role", "model", "requests", "retries", "prompt tokens", "completion tokens")
-        rows = [
-            (u.role, u.model, u.requests, u.retries, u.prompt_tokens, u.completion_tokens)
-            for u in stats.usage
-        ]
-        yield table(names, rows, "\nModel calls, failed attempts included")
+        yield table(*_used(stats), "\nModel calls, failed attempts included")
+
+
+def _used(stats: RunStats) -> tuple[list[str], list[list[Any]]]:
+    """With costs, if anybody has said what a token costs."""
+    names = ["role", "model", "requests", "retries", "prompt tokens", "completion tokens"]
+    rows: list[list[Any]] = [
+        [u.role, u.model, u.requests, u.retries, u.prompt_tokens, u.completion_tokens]
+        for u in stats.usage
+    ]
+    if any(stats.costs):
+        names.append("cost")
+        rows = [[*row, cost] for row, cost in zip(rows, stats.costs, strict=True)]
+    return names, rows
 
 
 def agreed(shown: Summary) -> Iterator[RenderableType]:
