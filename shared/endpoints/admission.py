@@ -35,7 +35,8 @@ HOLD = 2  # measurements at the limit between two trials
 BUSY = 0.8  # of the limit in use, at least, or nothing is learned about it
 PATIENCE = 8.0  # times the best pace seen: slower than that, it is only a queue that grows
 
-BREAKS_AFTER = 5  # failures in a row
+BREAKS_AFTER = 5  # failures in a row, at least
+BREAKS_SHARE = 0.1  # of what is in flight, at least: failures come at once, good replies later
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds that the breaker stays open, doubled each time
 LONGEST_RETRY_AFTER = 60.0  # what one reply may ask of all requests
 
@@ -55,7 +56,7 @@ _FAILED = frozenset({Outcome.STRAIN, Outcome.FAILURE})
 
 
 class Breaker:
-    """Lets nothing through to a server that has failed BREAKS_AFTER times in a row.
+    """Lets nothing through to a server that fails again and again, and does nothing else.
 
     Closed: everything passes. Open: nothing does, until the pause is over. Half-open: one request
     at a time is a probe; its success closes the breaker, its failure opens it for twice as long.
@@ -84,7 +85,7 @@ class Breaker:
         self._probing = self._open
         return self._open
 
-    def end(self, failed: bool | None, probe: bool, now: float) -> None:
+    def end(self, failed: bool | None, probe: bool, in_flight: int, now: float) -> None:
         """`failed` is None where the outcome says nothing. Late ones of before are no probes."""
         if probe:
             self._probing = False
@@ -96,7 +97,8 @@ class Breaker:
         self.failures += 1
         if probe:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        if probe or (not self._open and self.failures >= BREAKS_AFTER):
+        enough = max(BREAKS_AFTER, BREAKS_SHARE * in_flight)
+        if probe or (not self._open and self.failures >= enough):
             self._open, self._until = True, now + self._pause
 
 
@@ -317,7 +319,7 @@ class Admission:
         self._tokens.take(tokens - ticket.owed, now)
         was_down = self.breaker.state(now) != "closed"
         failed = None if outcome is Outcome.ABANDONED else outcome in _FAILED
-        self.breaker.end(failed, ticket.probe, now)
+        self.breaker.end(failed, ticket.probe, in_flight, now)
         if outcome in (Outcome.OVERLOAD, Outcome.STRAIN):
             pause = min(retry_after, LONGEST_RETRY_AFTER)
             self._paused_until = max(self._paused_until, now + pause)

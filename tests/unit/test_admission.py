@@ -215,6 +215,21 @@ def test_a_probe_that_is_abandoned_makes_room_for_the_next() -> None:
     assert admission.wait(6.0) == 0
 
 
+@pytest.mark.parametrize(("n", "state"), [(12, "closed"), (40, "open")])
+def test_a_few_failures_out_of_many_sent_at_once_are_no_outage(n: int, state: str) -> None:
+    """They are answered before any good reply can be; 40 of 256 are too many for chance."""
+    admission = Admission(1, 256, 256, now=0.0)
+    tickets = started(admission, 0.0)
+    assert len(tickets) == 256
+    for ticket in tickets[:n]:
+        admission.end(ticket, Outcome.FAILURE, 0.01)
+    assert admission.breaker.state(0.02) == state
+    for ticket in tickets[n:]:
+        admission.end(ticket, Outcome.REPLY, 1.0, tokens=9, completion_tokens=9)
+    assert admission.breaker.state(1.0) == "closed"
+    assert (admission.limit == 256) == (state == "closed"), "after an outage it begins low"
+
+
 def test_a_success_in_between_keeps_the_breaker_closed() -> None:
     """A server that fails often but not always is used: the retries see to the rest."""
     admission = Admission(1, 16, 16, now=0.0)
