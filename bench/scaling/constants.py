@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One result: `value` in the unit it was written in, `date` and `machine` of its header."""
+    """One result: `value` in the unit it was written in, `date` of its file."""
 
     bench: str
     metric: str
@@ -24,82 +25,54 @@ class Line:
 SI = {"us": 1e-6, "ms": 1e-3, "ns": 1e-9, "s": 1.0, "bytes": 1.0, "bytes/trajectory": 1.0,
       "us/trajectory": 1e-6, "1/s": 1.0, "trajectories/s": 1.0, "": 1.0}  # fmt: skip
 
-# field of Constants -> (bench, metric)
-NAMES = {
-    "call_cpu": ("service", "cpu per call at 256 in flight"),
-    "one_process": ("scale", "whole service: trajectories at zero latency, one process"),
-    "process_cpu": ("scale", "whole service: CPU of the process"),
-    "worker_cpu": ("scale", "whole service: CPU of process, sandbox and grading"),
-    "service_calls": ("scale", "whole service: calls per trajectory"),
-    "service_server_cpu": ("scale", "whole service: server CPU"),
-    "service_wal": ("scale", "whole service: WAL"),
-    "connections": ("scale", "whole service: connections at most, one process"),
-    "stored": ("store", "stored, all tables and indexes"),
-    "lease_cpu": ("scale", "lease of one: server CPU"),
-    "lease_wal": ("scale", "lease of one: WAL"),
-    "complete_cpu": ("scale", "complete, one a transaction: server CPU"),
-    "complete_wal": ("scale", "complete, one a transaction: WAL"),
-    "batched_cpu": ("scale", "complete, 200 a transaction: server CPU"),
-    "batched_wal": ("scale", "complete, 200 a transaction: WAL"),
-    "beat_cpu": ("scale", "heartbeat: server CPU"),
-    "beat_wal": ("scale", "heartbeat: WAL"),
-    "keep_cpu": ("scale", "slot kept: server CPU"),
-    "keep_wal": ("scale", "slot kept: WAL"),
-    "look_cpu": ("scale", "look at the limits: server CPU"),
-    "status_cpu": ("scale", "endpoint_status: server CPU"),
-    "status_wal": ("scale", "endpoint_status: WAL"),
-    "sweep_cpu": ("scale", "sweep: server CPU"),
-    "ring_cpu": ("scale", "ring, nothing to ring: server CPU"),
-    "commit": ("scale", "commit of one row"),
-    "create": ("scale", "item created"),
-    "create_wal": ("scale", "item created: WAL"),
-    "item_stored": ("scale", "item stored, with indexes"),
-    "scrape": ("scale", "scrape of all metrics, per trajectory"),
-    "slowest": ("scale", "scrape's slowest query, per trajectory"),
-    "add_up": ("scale", "limits added up, per trajectory"),
-    "funnel": ("scale", "funnel at 1000000 items"),
-    "dead": ("scale", "lease of 32: more for each item leased meanwhile"),
-}
 AT = 1_000_000  # items of `funnel`
+
+
+def _of(bench: str, metric: str) -> Any:
+    """A field that is read from the newest line of this metric."""
+    return field(metadata={"line": (bench, metric)})
 
 
 @dataclass(frozen=True, slots=True)
 class Constants:
     """Seconds and bytes. `beat_*` and `create*` are of one item, `funnel` of AT items."""
 
-    call_cpu: float
-    one_process: float
-    process_cpu: float
-    worker_cpu: float
-    service_calls: float
-    service_server_cpu: float
-    service_wal: float
-    connections: float
-    stored: float
-    lease_cpu: float
-    lease_wal: float
-    complete_cpu: float
-    complete_wal: float
-    batched_cpu: float
-    batched_wal: float
-    beat_cpu: float
-    beat_wal: float
-    keep_cpu: float
-    keep_wal: float
-    look_cpu: float
-    status_cpu: float
-    status_wal: float
-    sweep_cpu: float
-    ring_cpu: float
-    commit: float
-    create: float
-    create_wal: float
-    item_stored: float
-    scrape: float
-    slowest: float
-    add_up: float
-    funnel: float
-    dead: float
+    call_cpu: float = _of("service", "cpu per call at 256 in flight")
+    one_process: float = _of("scale", "whole service: trajectories at zero latency, one process")
+    process_cpu: float = _of("scale", "whole service: CPU of the process")
+    worker_cpu: float = _of("scale", "whole service: CPU of process, sandbox and grading")
+    service_calls: float = _of("scale", "whole service: calls per trajectory")
+    service_server_cpu: float = _of("scale", "whole service: server CPU")
+    service_wal: float = _of("scale", "whole service: WAL")
+    connections: float = _of("scale", "whole service: connections at most, one process")
+    stored: float = _of("store", "stored, all tables and indexes")
+    lease_cpu: float = _of("scale", "lease of one: server CPU")
+    lease_wal: float = _of("scale", "lease of one: WAL")
+    complete_cpu: float = _of("scale", "complete, one a transaction: server CPU")
+    complete_wal: float = _of("scale", "complete, one a transaction: WAL")
+    batched_cpu: float = _of("scale", "complete, 200 a transaction: server CPU")
+    batched_wal: float = _of("scale", "complete, 200 a transaction: WAL")
+    beat_cpu: float = _of("scale", "heartbeat: server CPU")
+    beat_wal: float = _of("scale", "heartbeat: WAL")
+    keep_cpu: float = _of("scale", "slot kept: server CPU")
+    keep_wal: float = _of("scale", "slot kept: WAL")
+    look_cpu: float = _of("scale", "look at the limits: server CPU")
+    status_cpu: float = _of("scale", "endpoint_status: server CPU")
+    status_wal: float = _of("scale", "endpoint_status: WAL")
+    sweep_cpu: float = _of("scale", "sweep: server CPU")
+    ring_cpu: float = _of("scale", "ring, nothing to ring: server CPU")
+    commit: float = _of("scale", "commit of one row")
+    create: float = _of("scale", "item created")
+    create_wal: float = _of("scale", "item created: WAL")
+    item_stored: float = _of("scale", "item stored, with indexes")
+    scrape: float = _of("scale", "scrape of all metrics, per trajectory")
+    slowest: float = _of("scale", "scrape's slowest query, per trajectory")
+    add_up: float = _of("scale", "limits added up, per trajectory")
+    funnel: float = _of("scale", "funnel at 1000000 items")
+    dead: float = _of("scale", "lease of 32: more for each item leased meanwhile")
+
+
+NAMES = {one.name: one.metadata["line"] for one in fields(Constants)}  # (bench, metric) of each
 
 
 @cache
@@ -120,7 +93,7 @@ def measured() -> Constants:
     """Raises KeyError, naming the metric, where a line is missing."""
     there = lines()
     values = {}
-    for name in (field.name for field in fields(Constants)):
-        line = there[NAMES[name]]
+    for name, key in NAMES.items():
+        line = there[key]
         values[name] = line.value * SI[line.unit]
     return Constants(**values)

@@ -13,12 +13,14 @@ import math
 from dataclasses import dataclass, replace
 
 from bench.scaling.constants import AT, Constants
+from shared.work.slices import SliceSettings
+from tirgen import live, metrics
 
-BEAT = 5.0  # seconds: SliceSettings.heartbeat_seconds, live.SECONDS, celery_app.RING_SECONDS
-LOOK = 1.0  # live.LOOK
-SLICE = 60.0  # SliceSettings.slice_seconds
-LEASE = 30.0  # SliceSettings.lease_seconds
-SCRAPE, SCRAPE_LIMIT = 15.0, 30.0  # seconds: metrics.EVERY, metrics.STATEMENT_TIMEOUT
+# Seconds. A process tells of itself (live.SECONDS) and rings (celery_app.RING_SECONDS) as often as
+# it extends its leases.
+BEAT, SLICE = SliceSettings().heartbeat_seconds, SliceSettings().slice_seconds
+LEASE, LOOK, SCRAPE = SliceSettings().lease_seconds, live.LOOK, metrics.EVERY
+SCRAPE_LIMIT = float(metrics.STATEMENT_TIMEOUT.removesuffix("s"))
 SLICE_STATEMENTS = 4  # transactions like `slot kept`: take, keep, finish, leave
 
 

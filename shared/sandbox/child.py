@@ -74,7 +74,7 @@ def host(jail: Jail, ruleset: int, seed: int, sock: socket.socket) -> NoReturn:
     try:
         jail.enter(ruleset)
         arrange_descriptors(0, 0, 0, 0, sock.fileno())
-        fork = forks.beside(confine.OF_SESSION)
+        fork = forks.beside(confine.OF_SESSION)  # which asks the kernel what `lock` forbids to ask
         fixed.seed(seed)
         jail.lock(_LIFE, session=True)
         sys.modules["__main__"] = module = types.ModuleType("__main__")

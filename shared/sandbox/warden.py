@@ -126,8 +126,7 @@ class Warden:
         control.send(json.dumps({"ready": self.tier, "scratch": shown, "memory": peak()}).encode())
 
     def _fork_zygote(self, config: Mapping[str, Any]) -> socket.socket:
-        """Where it takes orders. Raises RuntimeError where it does not come to life, with the
-        reason."""
+        """Where it takes orders. Raises _FailedError where it does not come to life."""
         channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         warden = os.getpid()
         pid = os.fork()

@@ -10,7 +10,8 @@ What `rows` promises:
 - Rows come in order of position. Rank r of w gets the positions p with p % w == r, so that ranks
   share a snapshot exactly, and a job that has seen every position below `start` goes on there,
   with any number of ranks. Workers of a rank share its rows in the same way.
-- Pages are read ahead in a thread, a few at a time: memory does not grow with the snapshot.
+- Pages are read one at a time, or a few ahead in a thread while the caller has more to do with one
+  than it takes to read: memory does not grow with the snapshot.
 - A lost connection is opened again, and the page that was under way is read again as a whole: no
   row is lost or doubled. The digest is checked anew, since that server may be another one.
 - A snapshot may be opened before a fork and read after it: each call has a connection of its own.
