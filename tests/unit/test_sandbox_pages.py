@@ -1,4 +1,4 @@
-"""What a fork of the warm interpreter has to copy: pages.py does nothing if it does not get less."""
+"""What a fork of the warm interpreter has to copy gets less, or pages.py is of no use."""
 
 from __future__ import annotations
 
