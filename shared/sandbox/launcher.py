@@ -107,6 +107,12 @@ class Zygote:
             there.close()
         return here
 
+    def taken(self) -> Zygote:
+        """One more run or cell is on it; by whoever holds the pool's lock."""
+        self.active += 1
+        self.runs += 1
+        return self
+
     def note(self, end: End) -> None:
         self.memory = max(self.memory, end.zygote)
 

@@ -222,10 +222,11 @@ class Sandbox:
     def a_zygote(self, session_on: Zygote | None = None) -> Iterator[Zygote]:
         """The zygote on which least is under way, or a new one while there are too few; for a cell
         the session's own. One that raises LostError is killed. Raises LostError."""
-        zygote = session_on or self._choose()
-        with self.changed:
-            zygote.active += 1
-            zygote.runs += 1
+        if session_on is None:
+            zygote = self._choose()
+        else:
+            with self.changed:
+                zygote = session_on.taken()
         try:
             yield zygote
         except GoneError:
@@ -239,6 +240,7 @@ class Sandbox:
             self.retire(zygote)
 
     def _choose(self) -> Zygote:
+        """Taken in the moment in which it is chosen: a run has the jail's directory to itself."""
         assert self.tier is not None
         with self.changed:
             self._check_open()
@@ -247,7 +249,7 @@ class Sandbox:
             good = [zygote for zygote in self._all if not zygote.worn]
             best = min(good, key=lambda zygote: (zygote.active, zygote.sessions), default=None)
             if best is not None and not (best.active and len(good) + self._starting < self.zygotes):
-                return best
+                return best.taken()
             self._starting += 1
         try:
             zygote = self._launch(self.tier)
@@ -255,7 +257,7 @@ class Sandbox:
             with self.changed:
                 self._starting -= 1
         with self.changed:
-            self._all.add(zygote)
+            self._all.add(zygote.taken())
             closed = self._owner != os.getpid()
         if closed:
             zygote.close()

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -324,6 +325,27 @@ def test_a_zygote_that_dies_is_missed_at_once_and_replaced() -> None:
         eventually(lambda: not first.alive)
         assert sandbox.run("print(1)").stdout == "1\n"
         assert first not in sandbox._all
+
+
+def test_two_runs_at_once_are_never_on_one_zygote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has the jail's one directory to itself. Both have chosen before either begins."""
+    together = threading.Barrier(2)
+    chosen: list[object] = []
+    choose = Sandbox._choose
+
+    def noted(self: Sandbox) -> object:
+        zygote = choose(self)
+        chosen.append(zygote)
+        together.wait(60)
+        return zygote
+
+    with bare(zygotes=2) as sandbox, ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(sandbox.run, ["import time; time.sleep(0.5)"] * 2))
+        assert len(sandbox._all) == 2
+        monkeypatch.setattr(Sandbox, "_choose", noted)
+        results = pool.map(sandbox.run, ["open('mine', 'x').close(); print(1)"] * 2)
+        assert [result.stdout for result in results] == ["1\n", "1\n"]
+    assert len(set(chosen)) == 2
 
 
 def test_worn_zygotes_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
