@@ -19,7 +19,7 @@ import psutil
 
 from shared.store.trajectories import Completed, import_problems
 from shared.trajectory import End, Trajectory
-from shared.work import items
+from shared.work import items, slots
 from shared.work.celery_app import check_broker, publish
 from shared.work.items import LeaseLost
 from shared.work.slots import Bell
@@ -238,16 +238,20 @@ def poison(world: World, rng: random.Random, busy: set[str]) -> Fault | None:
 
 
 def doubled(world: World, rng: random.Random, busy: set[str]) -> Fault | None:
-    """Every message that is on its way, three times, and some that are long void."""
+    """The message that is due, three times; the one that started each slice, again; and old ones.
+
+    None has the token of a slice at work: no broker has such a message, and it would end the slice.
+    """
     if {"broker", "database"} & busy:
         return None
+    rung = slots.ring(world.db)
     with world.db.session() as session:
         rows = session.connection().exec_driver_sql(
             "SELECT slot, token FROM run_slots WHERE run_id = %s", (world.run_id,)
         )
-        slots = [(slot, token) for slot, token in rows]
-    bells = [Bell(KIND, world.run_id, slot, max(0, token - back)) for slot, token in slots
-             for back in (0, 0, 0, 1, 7)]  # fmt: skip
+        void = [Bell(KIND, world.run_id, slot, max(0, token - back)) for slot, token in rows
+                for back in (1, 1, 2, 8)]  # fmt: skip
+    bells = rung * 3 + void
     publish(world.app, bells)
     return Fault(
         "doubled", f"{len(bells)} messages", frozenset(), 0, time.monotonic(), lambda: None
