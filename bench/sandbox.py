@@ -87,10 +87,12 @@ def one_by_one(sandbox: Sandbox, rounds: int) -> None:
                 assert peer.run(program) == OUTPUTS[name], kind.name
             ours: list[float] = []
             forks: list[float] = []
+            same: list[float] = []  # forks that run the program
             theirs: dict[type[Peer], list[float]] = {kind: [] for kind, _ in able}
             for _ in range(rounds):
                 ours += [timed(partial(must, sandbox, name)) for _ in range(OURS_A_ROUND)]
                 forks += fork.times(OURS_A_ROUND)
+                same += fork.times(OURS_A_ROUND, program)
                 for kind, peer in able:
                     theirs[kind].append(timed(partial(peer.run, program)))
             value = statistics.median(ours) * 1e3
@@ -100,6 +102,9 @@ def one_by_one(sandbox: Sandbox, rounds: int) -> None:
                 bare = statistics.median(forks) * 1e3
                 emit("print over a bare fork of the same zygote, p50", value - bare, "ms",
                      "bare fork and wait", bare)  # fmt: skip
+            bare = statistics.median(same) * 1e3
+            emit(f"{name}, p50", value, "ms", "bare fork that runs it (does not isolate)", bare,
+                 bare / value, isolates=False)  # fmt: skip
             for kind, times in theirs.items():
                 peer_value = statistics.median(times) * 1e3
                 emit(f"{name}, p50", value, "ms", label(kind), peer_value, peer_value / value,
