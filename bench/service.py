@@ -8,7 +8,8 @@ saturation     share of a server's capacity that 256 requests in flight get out 
 cost           CPU of this process per call at 256 in flight, beside the bare openai client
 knee           a server that only gets slow: throughput and limit found, from the second minute on
 trajectories   the whole service (graph, sandbox, grading, database) with models that take no time
-memory         of a trajectory in flight, and what stays behind of those that are done
+memory         of a trajectory in flight
+soak           what stays behind in a process of trajectories that are done: --trajectories of them
 processes      the same as trajectories, by one and by two worker processes
 peers          plain generation of the same calls by distilabel and DataDesigner
 
@@ -246,9 +247,16 @@ def database() -> Iterator[Database]:
             server.stop()
 
 
-def start(db: Database, name: str, url: str, n: int, in_flight: int, n_slots: int = 1) -> int:
-    """A run of n trajectories: a step with code, its execution, an answer, all verdicts."""
-    settings = [f"in_flight={in_flight}", "budgets.calls=1", "verifier.required=['executed']"]
+def start(
+    db: Database, name: str, url: str, n: int, in_flight: int, n_slots: int = 1, calls: int = 1
+) -> int:
+    """A run of n trajectories: a step with code, its execution, an answer, all verdicts; with no
+    `calls`, the step alone."""
+    settings = [
+        f"in_flight={in_flight}",
+        f"budgets.calls={calls}",
+        "verifier.required=['executed']",
+    ]
     settings += [f"{role}.endpoint.concurrency={max(in_flight, 16)}" for role in ROLES]
     settings += [f"{role}.endpoint.start_concurrency={max(in_flight, 16)}" for role in ROLES]
     config = load("nano", None, settings, url, "fake")
@@ -296,21 +304,26 @@ def trajectories(n: int = 1500, in_flight: int = 64) -> None:
     report("cpu per trajectory: with sandbox and grading", 1000 * used / done.n_items, "ms")
 
 
-def memory(few: int = 50, many: int = 850, rounds: int = 6) -> None:
+def memory(few: int = 50, many: int = 850) -> None:
     """Each measurement in a process of its own, which is at its highest with all in flight."""
     with database() as db, fake_model(latency=3.0) as url:
         highest = [_spawned(db, start(db, f"m{n}", url, n, n), n)[0] for n in (few, many)]
     share = (highest[1] - highest[0]) / (many - few)
     report("memory per trajectory in flight", share / 1024, "KiB", few=few, many=many)
+
+
+def soak(n: int = 3000, calls: int = 1, rounds: int = 10) -> None:
+    """One process; its memory after each tenth. The first two warm it."""
     with database() as db, fake_model() as url:
         held = []
         for i in range(rounds):
-            work(db, start(db, f"flat{i}", url, 500, 64), 0, 64)
+            work(db, start(db, f"soak{i}", url, n // rounds, 64, calls=calls), 0, 64)
             held.append(rss())
-    per = (held[-1] - held[1]) / (rounds - 2) / 500
+    per = (held[-1] - held[1]) / (rounds - 2) / (n // rounds)
     report(
         "memory that a finished trajectory leaves behind", per / 1024, "KiB",
-        after=[round(h / 2**20, 1) for h in held], trajectories_each=500,
+        after=[round(h / 2**20, 1) for h in held], trajectories_each=n // rounds,
+        tool_calls_each=calls,
     )  # fmt: skip
 
 
@@ -378,17 +391,21 @@ def peers(python: str, n: int = 2000, in_flight: int = 64) -> None:
             )  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (saturation, cost, knee, trajectories, memory, processes)}
+PARTS = {f.__name__: f for f in (saturation, cost, knee, trajectories, memory, soak, processes)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "peers", "profile", []])
     parser.add_argument("--peers", help="python of the environment that has the peers")
+    parser.add_argument("--trajectories", type=int, default=3000, help="of soak")
+    parser.add_argument("--calls", type=int, default=1, help="of the tool, in each of soak's")
     args = parser.parse_args()
     for part in args.parts or PARTS:
         if part == "peers":
             peers(args.peers or sys.executable)
+        elif part == "soak":
+            soak(args.trajectories, args.calls)
         else:
             (PARTS | {"profile": profile})[part]()
 

@@ -67,7 +67,7 @@ def killed(folder: Folder) -> Path:
     return out
 
 
-def wait_for(done: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
+def wait_for(done: Callable[[], bool], processes: list[ranks.Rank]) -> None:
     ends = time.monotonic() + ranks.PATIENCE
     while not done():
         assert time.monotonic() < ends, "it does not get there"
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_two_ranks_is_gone_on_from_by_one(folder: Folder, whole:
 def test_another_configuration_is_refused(folder: Folder, whole: Path) -> None:
     arguments = [*SFT, "--set", "optimizer.lr=1e-5", "--out", str(whole), "--resume"]
     (process,) = ranks.start("rl.cli", arguments, 1, {"TIRGEN_HOME": str(folder("home"))})
-    said = process.communicate(timeout=ranks.PATIENCE)[0]
-    assert process.returncode == 2
+    assert process.wait() == 2
+    said = process.said()
     assert "made from something else" in said
     assert "fingerprint" in said
