@@ -24,7 +24,7 @@ from shared.telemetry import log_json
 from shared.version import code_version
 from shared.work import celery_app
 from shared.work.items import Failed, LeasedItem
-from shared.work.slices import Handler, OpenHandler, RunInfo, SliceSettings
+from shared.work.slices import GRACE_SECONDS, Handler, OpenHandler, RunInfo, SliceSettings
 from tirgen.agents.code_extractor import CodeExtractor
 from tirgen.agents.reasoner import Reasoner
 from tirgen.agents.verifier import Judge, Verifier
@@ -34,7 +34,6 @@ from tirgen.live import Tool, watched
 from tirgen.runs import KIND, endpoints, roles
 from tirgen.seeds import derive
 
-GRACE_SECONDS = 20.0  # for items in flight, after SIGTERM
 END_SECONDS = 10.0  # more, for what comes after: then the worker is ended by force
 
 

@@ -37,6 +37,7 @@ from shared.work.slots import Bell
 TICK = 0.2  # seconds between looks at the stop flag and the clock
 IDLE = 1.0  # seconds between looks for items when the queue was empty
 INTERNAL = "internal"  # error class of a handler that raised
+GRACE_SECONDS = 20.0  # for items in flight when the process must stop
 TIMEOUT = "item_timeout"  # error class of an item that took longer than `item_seconds`
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class SliceSettings:
     in_flight: int = 32  # items worked on at once
     slice_seconds: float = 60.0  # after that, no new items
     item_seconds: float = 1800.0  # after that, an item fails
-    grace_seconds: float = 20.0  # for items in flight when the process must stop
+    grace_seconds: float = GRACE_SECONDS
     lease_seconds: float = 30.0  # a dead worker's items wait so long; a live one extends in time
     heartbeat_seconds: float = 5.0
 

@@ -25,11 +25,11 @@ from shared.store.database import Database, resolve_url
 from shared.terminal import Format, console
 from shared.terminal import table as facts_table
 from shared.work.celery_app import check_broker, make_app, prepare_broker
+from shared.work.slices import GRACE_SECONDS
 from tirgen.cli.common import open_database
 from tirgen.config import Tool
 from tirgen.live import Server, servers
 from tirgen.stack import Stack
-from tirgen.worker import GRACE_SECONDS, serve
 
 
 def up() -> None:
@@ -107,6 +107,8 @@ def worker(
     ] = False,
 ) -> None:
     """A Celery worker of the `generate` queue with the right settings; SIGTERM drains it."""
+    from tirgen.worker import serve  # brings LangGraph, a second that no other command needs
+
     code = serve(open_database(), processes, grace=grace, json_logs=json_logs, events=events)
     raise typer.Exit(code)
 
