@@ -1,5 +1,5 @@
-"""What a policy's folder is beside Hugging Face's files: it says how it is to be asked, and who may
-read its weights is who may read the rest.
+"""What a policy's folder says of itself: in a file of ours how it is to be asked, in Hugging Face's
+how long its context is and in what its weights are stored. Who may read those may read the weights.
 
 A policy that is asked with other prompts than in training, or in the other mode of thinking, is
 measured as a worse one than it is, and nothing looks wrong.
@@ -15,6 +15,7 @@ from shared.errors import InputError
 
 NAME = "tirgen.json"
 SAID = ("prompts", "thinking")
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def describe(folder: Path, *, prompts: str, thinking: bool) -> None:
@@ -24,12 +25,24 @@ def describe(folder: Path, *, prompts: str, thinking: bool) -> None:
 
 def described(folder: Path) -> dict[str, Any]:
     """Prompts and thinking; nothing where the folder is not ours. Raises InputError."""
-    path = folder / NAME
+    found = _read(folder / NAME)
+    return {key: found[key] for key in SAID if key in found}
+
+
+def stored(folder: Path) -> tuple[str | None, int | None]:
+    """(fp32 or bf16, positions that it knows) of the model; None where it does not say. Raises
+    InputError."""
+    found = _read(folder / "config.json")
+    text = found.get("text_config") or found
+    dtype = text.get("dtype") or found.get("dtype") or found.get("torch_dtype")
+    return DTYPES.get(str(dtype)), text.get("max_position_embeddings")
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {key: found[key] for key in SAID if key in found}
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"it cannot be read: {error}", where=str(path)) from error
 

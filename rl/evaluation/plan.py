@@ -1,7 +1,7 @@
 """From what a user asks for to the evaluations that are made: names, configurations, problems.
 
-`--model nano` is the packaged policy, with the prompts and the context that it was trained with. A
-folder that our trainer exported says the same of itself (rl/folder.py).
+`--model nano` is the packaged policy, with the prompts and the context that it was trained with.
+Other folders say of themselves what they are (rl/folder.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from rl.evaluation import benchmarks
 from rl.evaluation.benchmarks import Loaded
-from rl.evaluation.config import EvaluationConfig, build
+from rl.evaluation.config import Budgets, EvaluationConfig, build
 from rl.evaluation.engines import digest
-from rl.folder import described
+from rl.folder import described, stored
 from shared.config import merge
 from shared.errors import ConfigError, InputError
 from shared.problems import NANO, packaged_problems
@@ -171,11 +171,19 @@ def _folder(name: str) -> Path | None:
 
 
 def _of_folder(name: str) -> dict[str, Any]:
-    """Settings that a folder asks for: those of nano, or what the trainer wrote beside weights."""
-    if name == NANO:
+    """Settings that a folder asks for: those of nano, or what it says of itself."""
+    path = _folder(name)
+    if path is None:
+        return {}
+    if path.samefile(_folder(NANO) or path):
         return json.loads(json.dumps(NANO_SETTINGS))  # type: ignore[no-any-return]
-    policy = described(Path(name))
-    return {"policy": policy} if policy else {}
+    values: dict[str, Any] = {"policy": described(path)}
+    dtype, positions = stored(path)
+    if dtype is not None:
+        values["policy"]["dtype"] = dtype
+    if positions is not None and positions < Budgets().context:
+        values["budgets"] = {"context": positions}
+    return values
 
 
 def _check_name(name: str) -> None:

@@ -15,6 +15,7 @@ from rl.evaluation.engines import digest
 from rl.evaluation.plan import Asked, plan, points
 from rl.folder import describe
 from shared.errors import ConfigError, InputError
+from tirgen.stack import WEIGHTS
 
 NANO = [benchmarks.find("nano")]
 
@@ -36,6 +37,31 @@ def test_what_the_trainer_wrote_beside_the_weights_is_taken(tmp_path: Path) -> N
     (tmp_path / "tirgen.json").write_text("[")
     with pytest.raises(InputError, match="cannot be read"):
         plan("e", Asked(model=str(tmp_path)), NANO, limit=1)
+
+
+def test_a_folder_says_in_what_it_is_stored_and_how_long_its_context_is(tmp_path: Path) -> None:
+    """In bf16, which CPUs compute slowly, weights of fp32 would not be those that were trained; and
+    no command line has to know what is written in the folder."""
+
+    def of(**config: object) -> tuple[str, int]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        made = plan("e", Asked(model=str(tmp_path)), NANO, limit=1)[0].config
+        return made.policy.dtype, made.budgets.context
+
+    assert of(dtype="float32", max_position_embeddings=1024) == ("fp32", 1024)
+    assert of(torch_dtype="bfloat16", max_position_embeddings=131072) == ("bf16", 8192)
+    assert of(text_config={"dtype": "float32", "max_position_embeddings": 512}) == ("fp32", 512)
+    assert of(dtype="float16") == ("bf16", 8192)
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(InputError, match="cannot be read"):
+        plan("e", Asked(model=str(tmp_path)), NANO, limit=1)
+
+
+def test_the_packaged_folder_is_nano_by_whatever_name() -> None:
+    [by_name], [by_path] = (
+        plan("e", Asked(model=m), NANO, limit=1) for m in ("nano", str(WEIGHTS))
+    )
+    assert by_path.config == by_name.config
 
 
 def test_a_point_for_each_combination() -> None:
