@@ -6,10 +6,10 @@ slice to slice: a worker does not load its weights every minute.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from shared.policy import Codec, Engine
 
 if TYPE_CHECKING:
     from rl.render import Renderer
+    from rl.rollout.local import LocalEngine
 
 _ENDS = 1 << 20  # bytes of each end of a large file that its digest covers
 
@@ -31,10 +32,12 @@ async def open_policy(config: EvaluationConfig) -> AsyncIterator[tuple[Engine, C
     policy = config.policy
     if policy.engine == "local":
         assert policy.model is not None
-        yield _local(
-            policy.model, policy.prompts, policy.thinking, policy.dtype, policy.slots,
-            config.budgets.context,
-        )  # fmt: skip
+        asked = (policy.model, policy.prompts, policy.thinking, policy.dtype, policy.slots,
+                 config.budgets.context)  # fmt: skip
+        if asked not in _kept:
+            _forget()
+            _kept[asked] = _local(*asked)
+        yield _kept[asked]
         return
     assert policy.endpoint is not None
     async with Endpoint(policy.endpoint) as endpoint:
@@ -55,10 +58,19 @@ async def open_policy(config: EvaluationConfig) -> AsyncIterator[tuple[Engine, C
             yield HttpEngine(endpoint, eos={renderer.eos}), renderer
 
 
-@lru_cache(maxsize=1)
+_kept: dict[object, tuple[LocalEngine, Renderer]] = {}  # the last one only
+
+
+@atexit.register
+def _forget() -> None:
+    """Close it: its thread keeps it in memory, and torch aborts a process that ends in a step."""
+    while _kept:
+        _kept.popitem()[1][0].close()
+
+
 def _local(
     model: str, prompts: str, thinking: bool, dtype: str, slots: int, context: int
-) -> tuple[Engine, Codec]:
+) -> tuple[LocalEngine, Renderer]:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

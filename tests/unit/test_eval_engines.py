@@ -111,6 +111,24 @@ def test_a_text_is_asked_for_once_and_cut_at_every_fence(url: str) -> None:
     assert n == 2, "one for both replies, one for the other context"
 
 
+def test_weights_stay_for_the_next_slice_and_go_for_others() -> None:
+    """A worker evaluates one policy after the other for weeks."""
+
+    async def opened(slots: int) -> Any:
+        settings = (f"policy.slots={slots}",)
+        [planned] = plan(
+            "e", Asked(model="nano", settings=settings), [benchmarks.find("nano")], limit=1
+        )
+        async with open_policy(planned.config) as (engine, _):
+            return engine
+
+    first, again, other = (asyncio.run(opened(slots)) for slots in (2, 2, 3))
+    assert again is first
+    assert other is not first
+    assert not first._thread.is_alive()
+    assert other._thread.is_alive()
+
+
 def test_a_server_or_tokenizer_that_is_not_there(url: str) -> None:
     async def opened(config: EvaluationConfig) -> None:
         async with open_policy(config):
