@@ -92,11 +92,11 @@ def comparison(a: list[Results], b: list[Results], how: Settings, format: Format
         console.print(visible(listed), highlight=False, markup=False)
         if one.unmatched:
             console.print(f"{one.unmatched} questions that only one has are left out", style="dim")
-        names = ("figure", "A", "B", "B - A", f"{100 * how.level:g} % interval", "p", "questions",
-                 "differ")  # fmt: skip
+        names = ("figure", "A", "B", "B - A", f"{100 * how.level:g} % interval", "p", "differ")
         console.print(table(names, [_pair_row(c.unit, c.name, c.comparison) for c in one.figures]))
         console.print("p: sides swapped question by question; not corrected for looking at several "
-                      "figures", style="dim")  # fmt: skip
+                      "figures. differ: questions on which A and B do, of those that both have",
+                      style="dim")  # fmt: skip
 
 
 def tool_success(made: Made, format: Format) -> None:
@@ -239,7 +239,7 @@ def _pair_row(unit: str, name: str, c: Any) -> tuple[Any, ...]:
     signed = "-" if c.difference is None else f"{scale * c.difference:+.2f}"
     between = "" if c.low is None else f"{scale * c.low:+.2f} to {scale * c.high:+.2f}"
     return (name, _right(number_text(c.a, unit)), _right(number_text(c.b, unit)), _right(signed),
-            _right(between), _right(p_text(c.p)), c.n, c.n_different)  # fmt: skip
+            _right(between), _right(p_text(c.p)), _right(f"{c.n_different}/{c.n}"))  # fmt: skip
 
 
 def _association(a: analyses.Association) -> str:
