@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -14,6 +15,7 @@ from shared.store import migrate
 from shared.store.database import Database, libpq_conninfo
 from shared.store.embedded import EmbeddedPostgres
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported; nothing of the tests is there
 _numbers = itertools.count(1)
 
 
