@@ -33,9 +33,11 @@ def stored(folder: Path) -> tuple[str | None, int | None]:
     """(fp32 or bf16, positions that it knows) of the model; None where it does not say. Raises
     InputError."""
     found = _read(folder / "config.json")
-    text = found.get("text_config") or found
-    dtype = text.get("dtype") or found.get("dtype") or found.get("torch_dtype")
-    return DTYPES.get(str(dtype)), text.get("max_position_embeddings")
+    inner = found.get("text_config")
+    text = {**found, **inner} if isinstance(inner, dict) else found
+    positions = text.get("max_position_embeddings")
+    dtype = DTYPES.get(str(text.get("dtype") or text.get("torch_dtype")))
+    return dtype, positions if isinstance(positions, int) else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -28,10 +28,9 @@ class Rank:
     """One process, in a session of its own; as of subprocess.Popen what tests ask of it."""
 
     def __init__(self, module: str, arguments: Sequence[str], env: Mapping[str, str]) -> None:
-        with tempfile.NamedTemporaryFile(prefix="rank-", suffix=".log", delete=False) as log:
-            self.log = Path(log.name)
+        self._log = tempfile.NamedTemporaryFile(prefix="rank-", suffix=".log")  # noqa: SIM115
         self._process = _forked.Process(
-            target=_be, args=(module, list(arguments), dict(env), str(self.log))
+            target=_be, args=(module, list(arguments), dict(env), self._log.name)
         )
         self._process.start()
 
@@ -53,7 +52,7 @@ class Rank:
         self.wait()
 
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        return Path(self._log.name).read_text(errors="replace")
 
 
 def _be(module: str, arguments: list[str], env: dict[str, str], log: str) -> None:

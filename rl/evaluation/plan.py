@@ -154,10 +154,14 @@ def _values(asked: Asked) -> dict[str, Any]:
     return values
 
 
+def _packaged() -> Path:
+    return packaged_problems().parent / "weights"
+
+
 def _folder(name: str) -> Path | None:
     """The folder that is meant; None for a name on the Hub."""
     if name == NANO:
-        return packaged_problems().parent / "weights"
+        return _packaged()
     path = Path(name)
     if path.is_dir():
         return path.resolve()
@@ -175,7 +179,7 @@ def _of_folder(name: str) -> dict[str, Any]:
     path = _folder(name)
     if path is None:
         return {}
-    if path.samefile(_folder(NANO) or path):
+    if path.resolve() == _packaged().resolve():
         return json.loads(json.dumps(NANO_SETTINGS))  # type: ignore[no-any-return]
     values: dict[str, Any] = {"policy": described(path)}
     dtype, positions = stored(path)

@@ -36,8 +36,8 @@ from shared.work.slots import Bell
 
 TICK = 0.2  # seconds between looks at the stop flag and the clock
 IDLE = 1.0  # seconds between looks for items when the queue was empty
-INTERNAL = "internal"  # error class of a handler that raised
 GRACE_SECONDS = 20.0  # for items in flight when the process must stop
+INTERNAL = "internal"  # error class of a handler that raised
 TIMEOUT = "item_timeout"  # error class of an item that took longer than `item_seconds`
 
 log = logging.getLogger(__name__)

@@ -52,6 +52,7 @@ def test_a_folder_says_in_what_it_is_stored_and_how_long_its_context_is(tmp_path
     assert of(torch_dtype="bfloat16", max_position_embeddings=131072) == ("bf16", 8192)
     assert of(text_config={"dtype": "float32", "max_position_embeddings": 512}) == ("fp32", 512)
     assert of(dtype="float16") == ("bf16", 8192)
+    assert of(dtype=3, text_config="?", max_position_embeddings="many") == ("bf16", 8192)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(InputError, match="cannot be read"):
         plan("e", Asked(model=str(tmp_path)), NANO, limit=1)
