@@ -21,6 +21,7 @@ from shared.errors import SandboxError
 from shared.sandbox import Limits, Outcome, Sandbox, Tier, launcher, pool
 from shared.sandbox.observation import NO_OUTPUT, observe
 from shared.sandbox.watch import Cancel
+from tests.processes import kill
 from tests.sandboxes import bare, eventually, processes
 
 
@@ -269,8 +270,7 @@ def test_it_opens_in_a_forked_child_and_works_under_asyncio_there() -> None:
 def test_a_killed_zygote_is_replaced_and_its_run_tried_again() -> None:
     with bare() as sandbox:
         before = {p.pid for p in processes(sandbox)}
-        for process in processes(sandbox):
-            process.kill()
+        kill(*processes(sandbox))
         assert sandbox.run("print(1)").stdout == "1\n"
         assert before.isdisjoint(p.pid for p in processes(sandbox))
 
