@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import psycopg
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from shared.store import migrate
 from shared.store.database import Database, libpq_conninfo
@@ -64,3 +64,26 @@ def db(database_url: str) -> Iterator[Database]:
     database = Database(database_url)
     yield database
     database.close()
+
+
+@pytest.fixture
+def login(db: Database) -> Iterator[Callable[[str], Database]]:
+    """A connection of somebody who is a member of one role and nothing else."""
+    made: list[Database] = []
+
+    def become(role: str) -> Database:
+        name = f"login_{role}"
+        with db.begin() as session:
+            session.execute(text(f"CREATE ROLE {name} LOGIN IN ROLE {role}"))
+        url = db.url.set(username=name).render_as_string(hide_password=False)
+        made.append(Database(url))
+        return made[-1]
+
+    yield become
+    for one in made:
+        one.close()
+    with db.begin() as session:
+        there = text("SELECT rolname FROM pg_roles WHERE rolname ~ '^(login_)?tirgen_'")
+        for role in session.scalars(there).all():
+            session.execute(text(f"DROP OWNED BY {role} CASCADE"))
+            session.execute(text(f"DROP ROLE {role}"))

@@ -24,7 +24,6 @@ from rl.job_rows import Hold, NewJob
 from rl.jobs import JOB, open_job
 from rl.keeper import MARK
 from rl.metrics import FILE, open_metrics
-from shared.errors import TirgenError
 from shared.store import Database
 from shared.store.models import JobPlace, JobRow, JobState
 
@@ -98,16 +97,6 @@ def job_processes(out: Path) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             continue
     return found
-
-
-def said(result: Result) -> str:
-    assert result.exit_code == 0, result.output or result.exception
-    return result.output
-
-
-def error_of(result: Result) -> TirgenError:
-    assert isinstance(result.exception, TirgenError), result.output
-    return result.exception
 
 
 def job_file(out: Path, where: str = "local", more: str = "", **settings: object) -> Path:

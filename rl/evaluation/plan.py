@@ -139,12 +139,12 @@ def _values(asked: Asked) -> dict[str, Any]:
         endpoint = {"base_url": asked.base_url, "model": asked.served_model or "default"}
         merge(values, {"policy": {"engine": engine, "endpoint": endpoint}})
         if asked.tokenizer is not None:
-            merge(values, _of_folder(asked.tokenizer))
             path = _folder(asked.tokenizer)
+            merge(values, _of_folder(path))
             merge(values, {"policy": {"tokenizer": str(path or asked.tokenizer)}})
     elif asked.model is not None:
-        merge(values, _of_folder(asked.model))
         path = _folder(asked.model)
+        merge(values, _of_folder(path))
         named = str(path) if path is not None else asked.model
         merge(values, {"policy": {"model": named, "weights": digest(path) if path else ""}})
     if asked.judge_url is not None:
@@ -174,9 +174,8 @@ def _folder(name: str) -> Path | None:
     return None
 
 
-def _of_folder(name: str) -> dict[str, Any]:
+def _of_folder(path: Path | None) -> dict[str, Any]:
     """Settings that a folder asks for: those of nano, or what it says of itself."""
-    path = _folder(name)
     if path is None:
         return {}
     if path.resolve() == _packaged().resolve():

@@ -14,7 +14,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner, Result
 
-from shared.errors import DatabaseError, InputError, TirgenError
+from shared.errors import DatabaseError, InputError
 from shared.store import Completed, Database, ItemState, libpq_conninfo, migrate, roles, upkeep
 from shared.store.models import Base
 from shared.store.retention import delete_run
@@ -23,6 +23,7 @@ from shared.work import items
 from shared.work.celery_app import make_app, prepare_broker, publish
 from shared.work.slots import Bell
 from tests import stored
+from tests.cli import error_of, said
 from tirgen.cli import db as db_commands
 from tirgen.cli import read as read_commands
 from tirgen.cli import runs as run_commands
@@ -48,16 +49,6 @@ def tirgen(monkeypatch: pytest.MonkeyPatch, database_url: str) -> Tirgen:
 def filled(db: Database) -> Database:
     stored.fill(db)
     return db
-
-
-def said(result: Result) -> str:
-    assert result.exit_code == 0, result.output or result.exception
-    return result.output
-
-
-def error_of(result: Result) -> TirgenError:
-    assert isinstance(result.exception, TirgenError), result.output
-    return result.exception
 
 
 def contents(db: Database) -> dict[str, list[Any]]:
@@ -218,29 +209,6 @@ def test_a_backup_that_fails_leaves_nothing(db: Database, other: Database, tmp_p
 
 
 # roles
-
-
-@pytest.fixture
-def login(db: Database) -> Iterator[Callable[[str], Database]]:
-    """A connection of somebody who is a member of one role and nothing else."""
-    made: list[Database] = []
-
-    def become(role: str) -> Database:
-        name = f"login_{role}"
-        with db.begin() as session:
-            session.execute(text(f"CREATE ROLE {name} LOGIN IN ROLE {role}"))
-        url = db.url.set(username=name).render_as_string(hide_password=False)
-        made.append(Database(url))
-        return made[-1]
-
-    yield become
-    for one in made:
-        one.close()
-    with db.begin() as session:
-        there = text("SELECT rolname FROM pg_roles WHERE rolname ~ '^(login_)?tirgen_'")
-        for role in session.scalars(there).all():
-            session.execute(text(f"DROP OWNED BY {role} CASCADE"))
-            session.execute(text(f"DROP ROLE {role}"))
 
 
 def refused(db: Database, statement: str) -> bool:

@@ -19,12 +19,12 @@ import typer
 from sqlalchemy import Engine, event, text
 from typer.testing import CliRunner, Result
 
-from shared.errors import TirgenError
 from shared.store import Database, ItemState
 from shared.store.models import RunRow, VerdictRow
 from shared.terminal import console, json_text, line, visible
 from shared.trajectory import Step, Trajectory
 from tests import stored
+from tests.cli import error_of, said
 from tirgen import query, stats
 from tirgen.cli import db as db_commands
 from tirgen.cli import read
@@ -57,16 +57,6 @@ def tirgen(db: Database, monkeypatch: pytest.MonkeyPatch) -> Tirgen:
 def filled(db: Database) -> Database:
     stored.fill(db)
     return db
-
-
-def said(result: Result) -> str:
-    assert result.exit_code == 0, result.output or result.exception
-    return result.output
-
-
-def error_of(result: Result) -> TirgenError:
-    assert isinstance(result.exception, TirgenError), result.output
-    return result.exception
 
 
 # query

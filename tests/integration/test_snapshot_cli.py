@@ -13,13 +13,14 @@ import pytest
 from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
-from shared.errors import ConfigError, InputError, TirgenError
+from shared.errors import ConfigError, InputError
 from shared.sandbox import Sandbox
 from shared.sandbox.observation import observe
 from shared.store import Database, ItemState
 from shared.store.models import RunRow
 from shared.trajectory import End, Step, ToolCall, Trajectory
 from tests import frozen, stored
+from tests.cli import error_of, said
 from tirgen import Client, seeds
 from tirgen.cli import snapshot
 from tirgen.config import load
@@ -37,16 +38,6 @@ def tirgen(db: Database, monkeypatch: pytest.MonkeyPatch) -> Tirgen:
         return CliRunner().invoke(snapshot.app, [str(a) for a in arguments], input=answer)
 
     return run
-
-
-def said(result: Result) -> str:
-    assert result.exit_code == 0, result.output or result.exception
-    return result.output
-
-
-def error_of(result: Result) -> TirgenError:
-    assert isinstance(result.exception, TirgenError), result.output
-    return result.exception
 
 
 def test_from_creation_to_another_database(

@@ -13,14 +13,13 @@ from rl import job_rows
 from shared.errors import InputError
 from shared.store import Database
 from shared.store.models import JobState
+from tests.cli import error_of, said
 from tests.jobs import (
     Cli,
     Starter,
-    error_of,
     job_file,
     launched,
     new_job,
-    said,
     saved,
     taken,
     trained,

@@ -25,12 +25,12 @@ from shared.errors import ConfigError
 from shared.store import Database
 from shared.store.models import JobPlace, JobState
 from shared.work.celery_app import Message, make_app, prepare_broker, send
+from tests.cli import error_of, said
 from tests.jobs import (
     ROOT,
     Cli,
     Starter,
     age,
-    error_of,
     in_state,
     job_file,
     job_processes,
@@ -38,7 +38,6 @@ from tests.jobs import (
     new_job,
     recorded,
     row,
-    said,
     saved,
     starts,
     steps,

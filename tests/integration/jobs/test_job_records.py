@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from rl.metrics import Sender, open_metrics
 from shared.errors import ConfigError, DatabaseError, InputError
 from shared.store import Database, EmbeddedPostgres, migrate, roles
 from shared.store.models import JobPlace, JobState
+from tests.cli import said
 from tests.jobs import (
     PROGRAM,
     Cli,
@@ -30,7 +31,6 @@ from tests.jobs import (
     new_job,
     recorded,
     row,
-    said,
     saved,
     starts,
     steps,
@@ -385,22 +385,3 @@ def test_a_trainer_may_write_its_jobs_and_nothing_else(
     for statement in ("DELETE FROM jobs", "UPDATE runs SET name = ''", "SELECT 1 FROM work_items"):
         with pytest.raises(Exception, match="permission denied"), trainer.begin() as session:
             session.execute(text(statement))
-
-
-@pytest.fixture
-def login(db: Database) -> Iterator[Callable[[str], Database]]:
-    """A login that is a member of one role."""
-    opened: list[Database] = []
-
-    def make(role: str) -> Database:
-        name = f"{role}_of_jobs"
-        with db.begin() as session:
-            session.execute(text(f"CREATE ROLE {name} LOGIN IN ROLE {role}"))
-        opened.append(Database(db.url.set(username=name).render_as_string(hide_password=False)))
-        return opened[-1]
-
-    yield make
-    for database in opened:
-        database.close()
-        with db.begin() as session:
-            session.execute(text(f"DROP ROLE {database.url.username}"))
