@@ -109,7 +109,6 @@ def _work_at_exit() -> list[int]:
     """Numbers that change with every thread, exit handler, finaliser and log that code adds."""
     return [
         _thread._count(),
-        len(threading._shutdown_locks),  # type: ignore[attr-defined]
         len(threading._threading_atexits),  # type: ignore[attr-defined]
         atexit._ncallbacks(),
         len(weakref.finalize._registry),  # type: ignore[attr-defined]

@@ -45,6 +45,7 @@ def be(channel: socket.socket, config: Mapping[str, Any], warden: int) -> NoRetu
             fixed.install()
             child.prepare()
             pages.gather()
+            pages.immortalize()
             pages.join()
             jail = Jail.make(tier, config["limits"], warden)
             listeners: list[int] = []

@@ -31,3 +31,33 @@ def test_a_library_is_two_mappings_and_still_works() -> None:
     assert left < 0.1 * read_only
     assert after < 0.6 * before
     assert value == 2.0
+
+
+READERS = """
+import json
+import os
+from shared.sandbox import pages
+
+values = [float(i) for i in range(100_000)]
+
+def copied():
+    pid = os.fork()
+    if pid == 0:
+        for value in values:
+            pass
+        os._exit(0)
+    return os.wait4(pid, 0)[2].ru_minflt
+
+before = copied()
+pages.immortalize()
+print(json.dumps([before, copied(), sum(values)]))
+"""
+
+
+def test_who_looks_at_an_immortal_object_copies_no_page() -> None:
+    """Where the interpreter knows of such objects; where not, nothing changes."""
+    said = subprocess.run([sys.executable, "-c", READERS], capture_output=True, check=True).stdout
+    before, after, total = json.loads(said)
+    assert before > 500, "control: 100,000 numbers lie in 600 pages, and each is written to"
+    assert (after < before / 3) == (sys.version_info >= (3, 12))
+    assert total == sum(range(100_000))
