@@ -1,9 +1,11 @@
 # make demo   set up, generate vetted trajectories from packaged problems, show the result
 # make test   set up, lint, type-check, run the tests
 # make chaos  the long run through faults: hundreds of them over thousands of items
-# The environment is .venv; both targets build what they need of it first.
+# The environment is .venv; all targets build what they need of it first.
 
 SHELL := /bin/bash
+# Another interpreter, in an environment of its own: make test PYTHON=python3.13 VENV=.venv-3.13
+PYTHON := python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The registry's newest torch brings gigabytes of CUDA; the tests want this one. A GPU user says
@@ -35,7 +37,7 @@ bench: $(VENV)/.dev
 	@for file in bench/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
 
 $(BIN)/uv:
-	python3 -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
 $(VENV)/.service: requirements/service.txt pyproject.toml | $(BIN)/uv

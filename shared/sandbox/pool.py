@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -42,6 +44,7 @@ radsimp(1 / (sqrt(3) - 1)), trigsimp(sin(x) * cos(x)), apart(1 / (x**2 - 4)), ns
 Matrix([[2, 1], [1, 2]]).eigenvals(), N(pi, 20), divisors(12), binomial(6, 3)
 numpy.linalg.eigvals(numpy.eye(2)), scipy.optimize.brentq(lambda t: t * t - 2, 0, 2)
 """
+_REFUSED = 60.0  # seconds for which those that are there do, where another could not be started
 TIERS = (Tier.A, Tier.B, Tier.C, Tier.D)  # strongest first; the first that holds is taken
 _REMEDIES = {
     Tier.A: "allow user namespaces (user.max_user_namespaces > 0, on Ubuntu "
@@ -84,8 +87,11 @@ class Sandbox:
         self._hidden = [(f"{path}/", "") for path in host_paths(self._search)]
         self._all: set[Zygote] = set()
         self._starting = 0  # zygotes that are not in `_all` yet
+        self._refusal = (-math.inf, "")  # when a zygote could last not be started, and why
         self._places = self.zygotes  # runs and cells that may still begin
-        self.changed = threading.Condition()
+        lock = threading.RLock()
+        self.changed = threading.Condition(lock)
+        self._zygote_changed = threading.Condition(lock)
         self._owner: int | None = None
         self._executor: ThreadPoolExecutor | None = None
 
@@ -119,8 +125,11 @@ class Sandbox:
         if self._owner != os.getpid():
             return
         with self.changed:
-            self._owner, zygotes = -1, list(self._all)
+            self._owner = -1
             self.changed.notify_all()
+            self._zygote_changed.notify_all()
+            self._zygote_changed.wait_for(lambda: not self._starting)
+            zygotes = list(self._all)
         for zygote in zygotes:
             zygote.close()
         if self._executor is not None:
@@ -237,31 +246,47 @@ class Sandbox:
         finally:
             with self.changed:
                 zygote.active -= 1
+                self._zygote_changed.notify()
             self.retire(zygote)
 
     def _choose(self) -> Zygote:
         """Taken in the moment in which it is chosen: a run has the jail's directory to itself."""
-        assert self.tier is not None
         with self.changed:
-            self._check_open()
-            for dead in [zygote for zygote in self._all if not zygote.alive]:
-                self._all.discard(dead)
-            good = [zygote for zygote in self._all if not zygote.worn]
-            best = min(good, key=lambda zygote: (zygote.active, zygote.sessions), default=None)
-            if best is not None and not (best.active and len(good) + self._starting < self.zygotes):
-                return best.taken()
-            self._starting += 1
+            before, asked = self._refusal, False
+            while True:
+                self._check_open()
+                for dead in [zygote for zygote in self._all if not zygote.alive]:
+                    self._all.discard(dead)
+                good = [zygote for zygote in self._all if not zygote.worn]
+                idle = [zygote for zygote in good if not zygote.active]
+                if idle:
+                    return min(idle, key=lambda zygote: zygote.sessions).taken()
+                if not good and not self._starting and self._refusal is not before:
+                    raise LostError(self._refusal[1])
+                if not asked and self._wants_more(len(good)):
+                    threading.Thread(target=self._start, name="zygote").start()
+                    self._starting, asked = self._starting + 1, True
+                self._zygote_changed.wait()  # for it, or for one that is free earlier
+
+    def _wants_more(self, good: int) -> bool:
+        refused_lately = time.monotonic() - self._refusal[0] < _REFUSED
+        return good + self._starting < self.zygotes and not (good and refused_lately)
+
+    def _start(self) -> None:
+        assert self.tier is not None
+        zygote, reason = None, "a zygote could not be started"
         try:
             zygote = self._launch(self.tier)
+        except (LostError, OSError) as error:
+            reason = str(error)
         finally:
             with self.changed:
                 self._starting -= 1
-        with self.changed:
-            self._all.add(zygote.taken())
-            closed = self._owner != os.getpid()
-        if closed:
-            zygote.close()
-        return zygote
+                if zygote is None:
+                    self._refusal = time.monotonic(), reason
+                else:
+                    self._all.add(zygote)
+                self._zygote_changed.notify_all()
 
     def retire(self, zygote: Zygote) -> None:
         """End a worn zygote once nothing is left on it."""

@@ -348,6 +348,65 @@ def test_two_runs_at_once_are_never_on_one_zygote(monkeypatch: pytest.MonkeyPatc
     assert len(set(chosen)) == 2
 
 
+def test_who_waits_for_a_zygote_takes_what_is_free_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new zygote takes seconds, and only one call asks for it; then another one may be free."""
+    launch, asked, may_start = Sandbox._launch, threading.Event(), threading.Event()
+
+    def held(self: Sandbox, tier: Tier) -> object:
+        asked.set()
+        assert may_start.wait(60)
+        return launch(self, tier)
+
+    with bare(zygotes=2) as sandbox, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(Sandbox, "_launch", held)
+        with sandbox.a_zygote() as first:
+            run = pool.submit(sandbox.run, "print(1)")
+            assert asked.wait(60)
+            assert not run.done(), "control: the one zygote there is has something to do"
+        assert run.result(60).stdout == "1\n"
+        assert sandbox._all == {first}
+        may_start.set()
+        eventually(lambda: len(sandbox._all) == 2)
+
+
+def test_a_zygote_that_cannot_be_started_costs_nobody_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(self: Sandbox, tier: Tier) -> None:
+        raise OSError("no memory for it")
+
+    with bare(zygotes=2) as sandbox, ThreadPoolExecutor(2) as callers:
+        monkeypatch.setattr(Sandbox, "_launch", refuse)
+        results = list(callers.map(sandbox.run, ["import time; time.sleep(0.1)\nprint(1)"] * 4))
+        assert [result.stdout for result in results] == ["1\n"] * 4
+        next(iter(sandbox._all)).kill()
+        result = sandbox.run("print(1)")
+        assert result.outcome is Outcome.INFRASTRUCTURE_ERROR
+        assert "no memory for it" in result.stderr
+
+
+def test_closing_waits_for_a_zygote_that_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, started, closing = Sandbox._launch, [], threading.Event()
+
+    def late(self: Sandbox, tier: Tier) -> object:
+        assert closing.wait(60)
+        started.append(launch(self, tier))
+        return started[0]
+
+    with bare(zygotes=2) as sandbox, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(Sandbox, "_launch", late)
+        with sandbox.a_zygote():
+            run = pool.submit(sandbox.run, "print(1)")
+            eventually(lambda: sandbox._starting == 1)
+        run.result(60)
+        closer = threading.Thread(target=sandbox.close)
+        closer.start()
+        eventually(lambda: sandbox._owner == -1)
+        closing.set()
+        closer.join(60)
+        assert [zygote.alive for zygote in started] == [False]
+
+
 def test_worn_zygotes_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "RUNS_PER_ZYGOTE", 2)
     with bare() as sandbox:
