@@ -208,14 +208,11 @@ class BareFork:
     """
 
     program = f"""{_ENTER}
-import ctypes, gc, time
+import ctypes, time
 from shared.sandbox import pages
 fork = ctypes.PyDLL(None).fork  # less what Python does around it, as our own
 zygote.warm(json.loads(sys.argv[3]), sys.argv[4])
-pages.gather()
-pages.join()
-gc.collect()
-gc.freeze()
+pages.settle()
 print("ready", flush=True)
 for line in sys.stdin:
     n, program = json.loads(line)

@@ -40,6 +40,15 @@ def reserve(size: int) -> list[bytes]:
     return blocks[::_EVERY]
 
 
+def settle() -> None:
+    """Make forks of this process cheap, now that all is there."""
+    gather()
+    immortalize()
+    join()
+    gc.collect()
+    gc.freeze()
+
+
 def gather() -> None:
     """Put all that objects lie in into huge pages, where the kernel does that on request (6.1).
     Where it does not, everything stays as it is."""

@@ -14,7 +14,6 @@ falls apart, which makes the next fork dearer. So what can be done elsewhere is 
 from __future__ import annotations
 
 import errno
-import gc
 import importlib
 import os
 import site
@@ -44,15 +43,11 @@ def be(channel: socket.socket, config: Mapping[str, Any], warden: int) -> NoRetu
             warm(config["preload"], config["warmup"])
             fixed.install()
             child.prepare()
-            pages.gather()
-            pages.immortalize()
-            pages.join()
             jail = Jail.make(tier, config["limits"], warden)
             listeners: list[int] = []
             if tier is not Tier.D:
                 listeners.append(confine.supervise())
-            gc.collect()
-            gc.freeze()
+            pages.settle()
         except Exception as error:  # noqa: BLE001  whatever it was, it is reported
             send(channel, {"failed": f"{type(error).__name__}: {error}"[:2000]})
         else:

@@ -11,6 +11,7 @@ TIRGEN_BROKER_URL.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import mmap
@@ -31,6 +32,7 @@ import psycopg
 from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 from celery.worker import state as worker_state
+from kombu import pools
 from kombu.exceptions import OperationalError
 from pgmq.install import install_pgmq_from_sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -57,6 +59,9 @@ BROKERS = ("amqp", "amqps", "pyamqp", "redis", "rediss")
 INSTALL_LOCK = 0x7469_7267_0002
 
 log = logging.getLogger(__name__)
+
+# Later, an interpreter that ends waits in vain for the threads of pgmq's clients: 5 s for each.
+atexit.register(pools.reset)
 
 # Shared with the pool's processes, which inherit it when they are forked. They get no signal when
 # the worker is told to stop; they look at this byte.

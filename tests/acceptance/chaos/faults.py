@@ -173,6 +173,7 @@ def stop(world: World, rng: random.Random, busy: set[str]) -> Fault | None:
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.resume()
+        items.sweep(world.db)  # as workers do now and then: until then a late write is in time
         for item in held:
             late = Trajectory(item.problem.key, (), "late", End.ANSWERED, "0", False, 0, 1)
             try:
