@@ -29,7 +29,7 @@ from shared.sandbox.diagnose import diagnose
 
 PROGRAMS = {
     "print": "print(1)",
-    "numpy_eigenvalues": "import numpy\nprint(numpy.linalg.eigvals(numpy.eye(5) * 2))",
+    "numpy_eigenvalues": "import numpy\nprint(numpy.linalg.eigvals(numpy.eye(5) * 2).real)",
     "sympy_solve": "import sympy\nx = sympy.Symbol('x')\nprint(sympy.solve(x**3 - 7*x + 6))",
 }
 OUTPUTS = {"print": "1\n", "numpy_eigenvalues": "[2. 2. 2. 2. 2.]\n", "sympy_solve": "[-3, 1, 2]\n"}
@@ -153,7 +153,8 @@ async def at_once(sandbox: Sandbox, scale: float) -> None:
 
         return run
 
-    await closed_loop(8, 64, runner("print"))  # every zygote has started
+    while len(sandbox._all) < sandbox.zygotes:  # each is started when there is work for it
+        await closed_loop(8, 64, runner("print"))
     ours = [one for zygote in sandbox._all for one in lasting(psutil.Process(zygote.process.pid))]
     kernels = [one for one in psutil.process_iter() if one.name().startswith("kdamond")]
     workloads = {name: (runner(name), RUNS[name]) for name in PROGRAMS}

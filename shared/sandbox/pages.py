@@ -18,8 +18,6 @@ import ctypes
 import gc
 import mmap
 import sys
-from collections import deque
-from itertools import repeat
 from types import CodeType
 from typing import Any
 
@@ -28,6 +26,7 @@ from shared.sandbox import confine
 _HUGE = 21  # a huge page is 1 << 21 bytes
 _BLOCK = 496  # bytes of the object made below, rounded as the allocator does
 _EVERY = 500  # 242 KiB: some of them lie in every arena
+_NOT_COUNTED = 0xFFFFFFFF
 _COLLAPSE = 25  # MADV_COLLAPSE
 
 
@@ -66,10 +65,9 @@ def immortalize() -> None:
     of such objects (PEP 683: Python 3.12); where it does not, everything stays as it is."""
     if sys.version_info < (3, 12) or "t" in sys.abiflags:  # t: without a GIL, counts are elsewhere
         return
-    set_bytes = confine.libc.memset
-    set_bytes.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
-    # A count begins with these four bytes, and all ones mean: not counted.
-    deque(map(set_bytes, _everything(), repeat(0xFF), repeat(4)), maxlen=0)
+    counts = (ctypes.c_uint32 * (1 << 45)).from_address(mmap.PAGESIZE)  # of all user memory
+    for address in _everything():  # a count begins with these four bytes
+        counts[(address - mmap.PAGESIZE) >> 2] = _NOT_COUNTED
 
 
 def _everything() -> set[int]:
@@ -77,10 +75,12 @@ def _everything() -> set[int]:
     reached = gc.get_objects()
     found: set[int] = set()  # made after, and so not among them
     while reached:
-        new = {id(value): value for value in reached if id(value) not in found}
-        found.update(new)
-        reached = gc.get_referents(*new.values())
-        for value in new.values():
+        by_address = dict(zip(map(id, reached), reached, strict=True))
+        new = by_address.keys() - found
+        found |= new
+        values = [by_address[address] for address in new]
+        reached = gc.get_referents(*values)
+        for value in values:
             if isinstance(value, CodeType):  # of which the collector does not know what it holds
                 reached += (value.co_consts, value.co_names, value.co_name, value.co_qualname)
     return found
