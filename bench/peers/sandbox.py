@@ -116,7 +116,8 @@ class Bubblewrap(Peer):
 
     def run(self, program: str) -> str:
         wall = ["bwrap", "--unshare-all", "--die-with-parent", "--clearenv", "--ro-bind", "/", "/",
-                "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]  # fmt: skip
+                "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
+                "--ro-bind", sys.prefix, sys.prefix]  # fmt: skip
         for name, value in ENVIRONMENT.items():
             wall += ["--setenv", name, value]
         return _output([*wall, sys.executable, "-c", IMPORTS + program])
