@@ -37,9 +37,14 @@ def is_trivial(code: str, rule: Rule = "syntax") -> bool:
     if tree is None:
         return True
     bound = {name for module, name in _bindings(tree) if module not in PLUMBING}
+    passed: set[ast.expr] = set()  # a chain of calls is walked down once, from its top
     return not any(
         isinstance(node, CONTROL_FLOW)
-        or (isinstance(node, ast.Call) and _is_bound(_root(node.func), bound))
+        or (
+            isinstance(node, ast.Call)
+            and node not in passed
+            and _is_bound(_root(node.func, passed), bound)
+        )
         for node in ast.walk(tree)
     )
 
@@ -82,8 +87,9 @@ def _is_bound(name: str | None, bound: set[str]) -> bool:
     return name in bound or ("*" in bound and name is not None and not hasattr(builtins, name))
 
 
-def _root(node: ast.expr) -> str | None:
-    """The name at the bottom of `a.b(c).d`."""
+def _root(node: ast.expr, passed: set[ast.expr]) -> str | None:
+    """The name at the bottom of `a.b(c).d`; what lies above it is added to `passed`."""
     while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+        passed.add(node)
         node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else None
