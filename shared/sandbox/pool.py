@@ -229,8 +229,8 @@ class Sandbox:
 
     @contextlib.contextmanager
     def a_zygote(self, session_on: Zygote | None = None) -> Iterator[Zygote]:
-        """The zygote on which least is under way, or a new one while there are too few; for a cell
-        the session's own. One that raises LostError is killed. Raises LostError."""
+        """One on which nothing is under way, as soon as there is one; for a cell the session's own.
+        One that raises LostError is killed. Raises LostError."""
         if session_on is None:
             zygote = self._choose()
         else:
@@ -252,7 +252,7 @@ class Sandbox:
     def _choose(self) -> Zygote:
         """Taken in the moment in which it is chosen: a run has the jail's directory to itself."""
         with self.changed:
-            before, asked = self._refusal, False
+            before = self._refusal
             while True:
                 self._check_open()
                 for dead in [zygote for zygote in self._all if not zygote.alive]:
@@ -263,14 +263,14 @@ class Sandbox:
                     return min(idle, key=lambda zygote: zygote.sessions).taken()
                 if not good and not self._starting and self._refusal is not before:
                     raise LostError(self._refusal[1])
-                if not asked and self._wants_more(len(good)):
+                if self._wants_more(len(good) + self._starting):
                     threading.Thread(target=self._start, name="zygote").start()
-                    self._starting, asked = self._starting + 1, True
+                    self._starting += 1
                 self._zygote_changed.wait()  # for it, or for one that is free earlier
 
-    def _wants_more(self, good: int) -> bool:
+    def _wants_more(self, there: int) -> bool:
         refused_lately = time.monotonic() - self._refusal[0] < _REFUSED
-        return good + self._starting < self.zygotes and not (good and refused_lately)
+        return there < self.zygotes and not (there and refused_lately)
 
     def _start(self) -> None:
         assert self.tier is not None
