@@ -1,5 +1,6 @@
 # make demo   set up, generate vetted trajectories from packaged problems, show the result
 # make test   set up, lint, type-check, run the tests
+# make gpu    the trainer's tests that need a GPU, in an environment with its torch
 # make chaos  the long run through faults: hundreds of them over thousands of items
 # The environment is .venv; all targets build what they need of it first.
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP := UV_COMPILE_BYTECODE=1 $(BIN)/uv pip install --quiet --python $(BIN)/python
 
-.PHONY: demo test chaos lint setup bench requirements clean
+.PHONY: demo test gpu chaos lint setup bench requirements clean
 
 setup: $(VENV)/.service
 
@@ -22,6 +23,10 @@ demo: $(VENV)/.service
 
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Not of `make test`: `make gpu TORCH=` where the environment has a torch for the GPU.
+gpu: $(VENV)/.dev
+	TIRGEN_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -70,6 +70,9 @@ class Task:
         return sum(row.n_loss for row in self.rows)
 
 
+End = tuple[float, int, dict[str, float]]
+
+
 class Side:
     """A process that takes a step when asked."""
 
@@ -84,7 +87,7 @@ class Side:
         spent: Spent = self.pipe.recv()
         return spent
 
-    def end(self) -> tuple[float, int, dict[str, float]]:
+    def end(self) -> End:
         """First loss, peak memory in bytes, and more that it has to say; after the last step."""
         found: Any = self.pipe.recv()
         self.pipe.send("bye")
@@ -149,19 +152,34 @@ def ours(pipe: Connection, task: Task, steps: int, threads: int) -> None:
     world.close()
 
 
-def compare(task: Task, repeat: int) -> None:
-    setting = best_setting(task)
+def take_turns(
+    starts: Sequence[Callable[[], Side]], steps: int
+) -> tuple[list[list[Spent]], list[End]]:
+    sides = [start() for start in starts]
+    rounds = [[side.step() for side in sides] for _ in range(steps)][1:]
+    return [list(times) for times in zip(*rounds, strict=True)], [side.end() for side in sides]
+
+
+def one_by_one(
+    starts: Sequence[Callable[[], Side]], steps: int
+) -> tuple[list[list[Spent]], list[End]]:
+    times, ends = [], []
+    for start in starts:
+        side = start()
+        times.append([side.step() for _ in range(steps)][1:])
+        ends.append(side.end())
+    return times, ends
+
+
+def compare(task: Task, repeat: int, settings: Sequence[Setting]) -> None:
+    setting = best_setting(task, settings)
     steps = repeat + 1  # the first of each is not counted
-    mine = Side(ours, task, steps, THREADS)
-    other = None if setting is None else peer(task, setting, steps)
-    times: list[Spent] = []
-    theirs: list[Spent] = []
-    for n in range(steps):
-        for side, into in ((mine, times), (other, theirs)):
-            if side is not None:
-                spent = side.step()
-                into += [spent] if n else []
-    loss, memory, more = mine.end()
+    starts = [lambda: Side(ours, task, steps, THREADS)]
+    if setting is not None:
+        starts.append(lambda: peer(task, setting, steps))
+    # In turns, as a CPU is not steady. A GPU is, and has not the memory for both.
+    times, ends = take_turns(starts, steps) if CLOCK == "cpu" else one_by_one(starts, steps)
+    loss, memory, more = ends[0]
     against = None
     name = f"{task.program} {'step' if task.program == 'sft' else 'update'}, {task.size}"
     facts: dict[str, object] = {
@@ -169,32 +187,32 @@ def compare(task: Task, repeat: int) -> None:
         "rows": len(task.rows),
         "tokens_a_step": task.tokens,
     }
-    if other is not None:
+    if setting is not None:
         label = f"{NAME} {version(NAME)}, {setting}"
-        peer_loss, peer_memory, _ = other.end()
-        against = (label, theirs)
+        peer_loss, peer_memory, _ = ends[1]
+        against = (label, times[1])
         emit(f"{name}: first loss", loss, "nats", label, peer_loss)
         # Of a process, over what it had before: its allocator keeps pages, so it is a rough figure.
         emit(f"{name}: peak memory of training", memory / 2**20, "MiB", label, peer_memory / 2**20,
              peer_memory / max(memory, 1))  # fmt: skip
     for what, tokens in (("tokens", task.tokens), ("effective tokens", task.loss_tokens)):
-        rate(f"{name}: {what}", tokens, times, against, facts, CLOCK)
+        rate(f"{name}: {what}", tokens, times[0], against, facts, CLOCK)
     if CLOCK != "wall":
-        rate(f"{name}: effective tokens, by the clock", task.loss_tokens, times, against, facts)
+        rate(f"{name}: effective tokens, by the clock", task.loss_tokens, times[0], against, facts)
     for key, value in more.items():
         emit(f"{name}: {key}", value, "1")
 
 
-def best_setting(task: Task) -> Setting | None:
+def best_setting(task: Task, settings: Sequence[Setting]) -> Setting | None:
     """The quickest of the peer's, each by the better of two steps; by one where steps are long."""
     if (why := missing()) is not None:
         emit(f"peer left out: {why}", None, "", NAME)
         return None
     found: dict[Setting, float] = {}
-    for setting in SETTINGS[task.program]:
+    for setting in settings:
         if len(task.rows) % setting.rows:
             continue
-        tries = 3 if task.size == "nano" else 1
+        tries = 3 if task.size == "nano" or CLOCK == "wall" else 1
         side = peer(task, setting, tries)
         try:
             times = [getattr(side.step(), CLOCK) for _ in range(tries)]
@@ -305,6 +323,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help=f"a multiple of {GROUP}")
     parser.add_argument("--length", type=int, help="tokens of a row, instead of trajectories")
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--peer-rows", type=int, nargs="+", help="of a micro-batch, to be tried")
     parser.add_argument("--set", action="append", default=[], help="ours: over the preset of nano")
     parser.add_argument("--rl-step", action="store_true")
     args = parser.parse_args()
@@ -316,7 +335,8 @@ def main() -> None:
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     made = tuple(rows(args.rows, args.length))
     for program in args.program:
-        compare(Task(program, args.size, made, tuple(args.set)), args.repeat)
+        settings = [Setting(n) for n in args.peer_rows or ()] or SETTINGS[program]
+        compare(Task(program, args.size, made, tuple(args.set)), args.repeat, settings)
 
 
 if __name__ == "__main__":

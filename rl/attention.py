@@ -5,7 +5,7 @@ sdpa that is a dense one: every pair of the micro-batch is computed, and all but
 thrown away; with thirty rows, thirty times the work, on a CPU more than all the rest of a small
 model (docs/training.md). Here the rows' boundaries, found once per micro-batch, cut the sequence:
 into calls of torch's own kernel, or, for half precision on a GPU, into one call of its
-variable-length kernel. That last path has not been run by this project yet.
+variable-length kernel (tests/gpu).
 
 A model that is run on anything else (padded rows, a mask, a cache) is attended to by sdpa.
 Axis suffixes: `_B` rows of a tensor, `h`/`g` heads of queries and of keys, `T` positions, `d`.
@@ -13,11 +13,13 @@ Axis suffixes: `_B` rows of a tensor, `h`/`g` heads of queries and of keys, `T` 
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,6 +29,10 @@ from shared.errors import ConfigError
 
 ROWS = "rows"
 _UNKNOWN = ("softcap", "position_bias", "s_aux")  # what other kernels can do, and these cannot
+# torch 2.11 groups heads without being asked; later ones want to be.
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+)
 
 
 def boundaries(positions_BT: Tensor) -> dict[str, Any]:
@@ -99,14 +105,12 @@ def _row(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int 
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, told: Any
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     bounds, longest = told["cu_seq_lens_q"], told["max_length_q"]
     looks_back = -1 if window is None else window - 1
     attended = varlen_attn(
         q, k, v, bounds, bounds, longest, longest,
-        scale=scaling, window_size=(looks_back, 0), enable_gqa=True,
+        scale=scaling, window_size=(looks_back, 0), **_GROUPED,
     )  # fmt: skip
     assert isinstance(attended, Tensor)
     return attended[None]

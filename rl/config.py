@@ -90,6 +90,11 @@ class EngineConfig(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="Null: no clipping.")
     timeout_minutes: float = Field(default=120, gt=0, description="Of every collective.")
     token_budget: int = Field(default=8192, ge=16, description="Tokens of a micro-batch.")
+    compile: bool | None = Field(
+        default=None,
+        description="Fuse kernels by torch.compile, which takes a minute at the start. "
+        "Null: on a GPU with a C compiler, in bf16, unless zero = 3.",
+    )
     layout: Literal["packed", "padded"] = "packed"
     deepspeed: dict[str, Any] = Field(default={}, description="Put over the DeepSpeed config.")
 
@@ -99,6 +104,8 @@ class EngineConfig(Section):
             raise ValueError("offload_parameters needs zero = 3")
         if self.offload_optimizer and self.zero == 0:
             raise ValueError("offload_optimizer needs zero = 1, 2 or 3")
+        if self.compile and self.zero == 3:
+            raise ValueError("compile needs zero = 0, 1 or 2: whole weights")
         return self
 
 

@@ -15,6 +15,8 @@ What always holds:
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -58,6 +60,8 @@ class Engine:
         self.config, self.world, self.optimizer_config = config, world, optimizer
         self.total_steps, self.steps = total_steps, 0
         self.policy = policy
+        if compiles(config, world.device):
+            policy.fuse()
         self.engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=make_optimizer(policy, optimizer),
@@ -127,6 +131,15 @@ class Engine:
             if self.world.is_first:
                 return {name: p.detach().to("cpu", copy=True) for name, p in named}
             return {}
+
+
+def compiles(config: EngineConfig, device: torch.device) -> bool:
+    """Whether kernels are fused (`engine.compile`). Triton needs a C compiler for its launchers."""
+    if config.compile is not None:
+        return config.compile
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    sound = config.zero < 3 and config.dtype == "bf16"  # in fp32 `rows` would compile each length
+    return device.type == "cuda" and sound and compiler is not None
 
 
 def deepspeed_config(config: EngineConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,18 +35,19 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     chunk: int = 1024,
+    fused: bool = False,
 ) -> TokenLogprobs:
     """log softmax(head(h) / temperature)[label] of each token.
 
     `temperature`: the one that was sampled at, so that the ratio to the sampler's probabilities is
-    of the same distribution. `head`: the model's own, (n, H) -> (n, V).
+    of the same distribution. `head`: the model's own, (n, H) -> (n, V). `fused`: what follows it is
+    compiled, so that the logits are read as few times as possible.
     """
 
     def part(hidden_nH: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-        logits_nV = head(hidden_nH).float()  # half precision would lose the tail
-        if temperature != 1.0:
-            logits_nV = logits_nV / temperature
-        found: tuple[Tensor, Tensor] = _LogSoftmaxAt.apply(logits_nV, labels_n)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _LogSoftmaxAt.apply(  # type: ignore[no-untyped-call]
+            head(hidden_nH), labels_n, temperature, fused
+        )
         return found
 
     if len(labels_N) <= chunk:
@@ -61,23 +63,50 @@ def token_logprobs(
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
-    """(n, V) logits, (n,) labels -> log softmax at the labels, and the entropy (no gradient).
-
-    Keeps the probabilities and nothing else of that size; d logp / d logits = 1[label] - p.
-    """
+    """(n, V) logits, (n,) labels -> log softmax(logits / temperature) at the labels, and the
+    entropy (no gradient). Keeps the probabilities and nothing else of that size."""
 
     @staticmethod
-    def forward(ctx: Any, logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-        total_n = logits_nV.logsumexp(-1)
-        chances_nV = (logits_nV - total_n[:, None]).exp_()
-        logp_n = logits_nV.gather(-1, labels_n[:, None])[:, 0] - total_n
-        entropy_n = total_n - torch.linalg.vecdot(chances_nV, logits_nV)
+    def forward(
+        ctx: Any, logits_nV: Tensor, labels_n: Tensor, temperature: float, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        look = _compiled(_look) if fused else _look
+        logp_n, entropy_n, chances_nV = look(logits_nV, labels_n, temperature)
         ctx.save_for_backward(chances_nV, labels_n)
+        ctx.temperature, ctx.fused, ctx.dtype = temperature, fused, logits_nV.dtype
         ctx.mark_non_differentiable(entropy_n)
         return logp_n, entropy_n
 
     @staticmethod
-    def backward(ctx: Any, slope_n: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, slope_n: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         chances_nV, labels_n = ctx.saved_tensors
-        slope_nV = chances_nV * -slope_n[:, None]
-        return slope_nV.scatter_add_(-1, labels_n[:, None], slope_n[:, None]), None
+        slope = _compiled(_slope) if ctx.fused else _slope
+        found = slope(chances_nV, labels_n, slope_n, ctx.temperature, ctx.dtype)
+        return found, None, None, None
+
+
+def _look(logits_nV: Tensor, labels_n: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp_n, entropy_n, chances_nV)."""
+    logits_nV = logits_nV.float()  # half precision would lose the tail
+    if temperature != 1.0:
+        logits_nV = logits_nV / temperature
+    total_n = logits_nV.logsumexp(-1)
+    chances_nV = (logits_nV - total_n[:, None]).exp_()
+    logp_n = logits_nV.gather(-1, labels_n[:, None])[:, 0] - total_n
+    return logp_n, total_n - torch.linalg.vecdot(chances_nV, logits_nV), chances_nV
+
+
+def _slope(
+    chances_nV: Tensor, labels_n: Tensor, slope_n: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """d logp / d logits = (1[label] - p) / temperature."""
+    slope_nV = chances_nV * -slope_n[:, None]
+    slope_nV = slope_nV.scatter_add_(-1, labels_n[:, None], slope_n[:, None])
+    return (slope_nV / temperature if temperature != 1.0 else slope_nV).to(dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For any number of tokens at once: it differs with every micro-batch."""
+    made: Callable[..., Any] = torch.compile(function, dynamic=True)
+    return made

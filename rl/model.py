@@ -40,6 +40,7 @@ class Head(nn.Module):
         super().__init__()
         self.weight = layer.weight
         self.bias = getattr(layer, "bias", None)
+        self.fused = False
 
     def forward(
         self, hidden_NH: Tensor, labels_N: Tensor, temperature: float, chunk: int
@@ -47,7 +48,9 @@ class Head(nn.Module):
         def logits(hidden_nH: Tensor) -> Tensor:
             return functional.linear(hidden_nH, self.weight, self.bias)
 
-        found = token_logprobs(hidden_NH, logits, labels_N, temperature=temperature, chunk=chunk)
+        found = token_logprobs(
+            hidden_NH, logits, labels_N, temperature=temperature, chunk=chunk, fused=self.fused
+        )
         return found.logp_N, found.entropy_N
 
 
@@ -72,6 +75,17 @@ class Policy(nn.Module):
             hidden_BTH.flatten(0, 1)[at_N], labels_N, temperature, self.chunk
         )
         return found
+
+    def fuse(self) -> None:
+        """Compile each layer, and what follows the head: fewer and larger kernels, the same
+        function to rounding. Lengths differ with every micro-batch, so for all of them at once."""
+        self.head.fused = True
+        for layer in decoder_layers(self.lm):
+            layer.compile(dynamic=True)
+
+
+def decoder_layers(lm: nn.Module) -> list[GradientCheckpointingLayer]:
+    return [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def arguments(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,9 +121,7 @@ def load_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     lm.config.use_cache = False
     if config.recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        for n, layer in enumerate(
-            m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)
-        ):
+        for n, layer in enumerate(decoder_layers(lm)):
             layer.gradient_checkpointing = n % config.recompute == 0
     if config.lora is not None:
         with _seeded(seed):

@@ -49,7 +49,8 @@ def make(size: str, attention: str) -> Any:
             **SHAPES[size], max_position_embeddings=32_768, tie_word_embeddings=True,
             dtype="float32", pad_token_id=0, eos_token_id=2, attn_implementation=attention,
         )  # fmt: skip
-        lm = Qwen3ForCausalLM(config)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            lm = Qwen3ForCausalLM(config)
     lm.config.use_cache = False
     return lm.train()
 

@@ -7,6 +7,7 @@ DeepSpeed costs more than they do.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def run(case: Case, world: World) -> dict[str, Any]:
         (values,) = update(chosen, engine, rl_rows(), seed=0)
     else:
         values = train_window(chosen, engine, Window(some, Counter(), Position(1, 0)))
-    change = {name: (now - before[name]).clone() for name, now in engine.weights()}
+    change = {name: now.cpu() - before[name] for name, now in engine.weights()}
     reported = world.gather({key: values[key] for key in ("loss", "grad_norm")})
     return {"change": change, "reported": reported}
 
@@ -140,7 +141,11 @@ def run(case: Case, world: World) -> dict[str, Any]:
 def main(out: Path, stages: str) -> None:
     world = join(timedelta(minutes=2))
     chosen = [case for case in CASES if str(case.zero) in stages]
-    results = {case.name: run(case, world) for case in chosen}
+    results = {}
+    for case in chosen:
+        results[case.name] = run(case, world)
+        gc.collect()  # an engine's buckets are gigabytes on a GPU, and it refers to itself
+        torch.cuda.empty_cache()
     if world.is_first:
         torch.save(results, out)
     world.close()
