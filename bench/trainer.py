@@ -208,6 +208,8 @@ def best_setting(task: Task, settings: Sequence[Setting]) -> Setting | None:
     if (why := missing()) is not None:
         emit(f"peer left out: {why}", None, "", NAME)
         return None
+    if len(settings) == 1:
+        return settings[0]
     found: dict[Setting, float] = {}
     for setting in settings:
         if len(task.rows) % setting.rows:

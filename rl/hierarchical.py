@@ -24,6 +24,8 @@ from datetime import timedelta
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import torch
+
 from rl.checkpoint import Checkpoints, Progress
 from rl.config import TrainConfig
 from rl.data import Position, Prompts
@@ -156,6 +158,8 @@ class _Trainer:
     def _sync(self, version: int, clock: Clock) -> None:
         """Give the engine the weights of the trainer."""
         with clock("sync"):
+            if self.config.rollout.sleep:
+                torch.cuda.empty_cache()  # what training left free is the server's to wake in
             self.rollouts.update(self.engine.weights(), version, self.world)
 
     def _is_due(self, rollouts: int) -> bool:

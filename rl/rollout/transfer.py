@@ -58,9 +58,14 @@ class Control:
 
     def halt(self) -> None:
         """Have it take no step until `go_on`. A pause waits for what is under way, so that no reply
-        is of two versions; of a server that sleeps the weights wake, and nothing else."""
+        is of two versions; of a server that sleeps the weights wake, and nothing else.
+
+        A server that somebody paused says that it sleeps, and waking it lets it go on: so the pause
+        comes last."""
         self._halted_asleep = self.sleeps and bool(self.get("/is_sleeping")["is_sleeping"])
-        self.post("/wake_up?tags=weights" if self._halted_asleep else "/pause?mode=wait")
+        if self._halted_asleep:
+            self.post("/wake_up?tags=weights")
+        self.post("/pause?mode=wait")
 
     def go_on(self, version: int) -> None:
         """With the weights that it has now, and nothing computed with older ones."""

@@ -22,7 +22,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl.attention import ROWS, boundaries
+import rl.attention
+from rl.attention import ROWS, boundaries, bounded
 from rl.model import Policy, arguments
 from rl.packing import TrainRow, collate
 from rl.render import Renderer
@@ -79,6 +80,23 @@ def test_packed_rows_in_bf16_are_as_exact_as_with_a_dense_mask(kind: str) -> Non
         assert mine < 1.25 * dense + 1e-3, (ours, theirs)
 
 
+@pytest.mark.parametrize("long", [1, 6, 14])
+def test_long_rows_by_cudnn_are_as_exact(long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are long, some, one; filled up to 8, which no position may see."""
+    monkeypatch.setattr(rl.attention, "LONG", long)
+    monkeypatch.setattr(rl.attention, "GRAIN", 8)
+    seen: list[int] = []
+    inner = rl.attention._long_row
+    monkeypatch.setattr(
+        rl.attention, "_long_row", lambda q, *rest: seen.append(q.shape[2]) or inner(q, *rest)
+    )
+    exact = tuple(t.double() for t in trained(model("qwen3", "eager")))
+    ours, theirs = error(on_gpu("qwen3", ROWS), exact), error(on_gpu("qwen3", "sdpa"), exact)  # type: ignore[arg-type]
+    for mine, dense in zip(ours, theirs, strict=True):
+        assert mine < 1.25 * dense + 1e-3, (ours, theirs)
+    assert seen == [n for n in LENGTHS if n >= long] * 2, "layers"
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_fused_kernels_are_as_exact_as_the_plain_ones(kind: str) -> None:
     exact = tuple(t.double() for t in trained(model(kind, "eager")))
@@ -92,11 +110,10 @@ def test_micro_batches_of_other_lengths_are_not_compiled_again() -> None:
     policy = Policy(lm, chunk=16)
     policy.fuse()
     graphs = []
-    for n in (5, 4, 3, 2, 5):
+    for n in (5, 4, 3, 3, 5):  # all of more loss tokens than a chunk
         some = collate([row for row in rows()[:n] for _ in range(n)], 0)
         policy(*arguments(some, CUDA))[0].sum().backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    print("graphs", graphs)
     assert graphs[-1] == graphs[1]
 
 
@@ -104,9 +121,7 @@ def test_control_joined_rows_are_seen_in_bf16() -> None:
     lm, batch = model("qwen3", ROWS).to(CUDA, torch.bfloat16), collate(rows(), 0)
     ids, positions = batch.ids_BT.to(CUDA), batch.positions_BT.to(CUDA)
     told = boundaries(positions)
-    ends = torch.tensor([0, sum(LENGTHS)], dtype=torch.int32, device=CUDA)
-    one = told | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
-                  "max_length_q": sum(LENGTHS), "max_length_k": sum(LENGTHS)}  # fmt: skip
+    one = bounded([0, sum(LENGTHS)], CUDA)
     apart, joined = (
         lm(input_ids=ids, position_ids=positions, use_cache=False, **bounds).logits[0]
         for bounds in (told, one)

@@ -4,12 +4,13 @@ Claim. `attention = "rows"` gives the values and gradients that transformers' de
 grouped heads and sliding windows too, without computing a pair of tokens of different rows; on
 anything but packed rows it is sdpa. Why it matters: it is the default, so every number of the
 trainer comes through it. Reference: transformers' sdpa and eager attention, and rows run alone.
-Not shown here: the variable-length kernel of GPUs.
+Not shown here: the kernels of GPUs (tests/gpu).
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from rl.attention import ROWS, boundaries
+import rl.attention
+from rl.attention import ROWS, boundaries, bounded
 from rl.model import Policy, arguments
 from rl.packing import TrainRow, collate
 from shared.errors import ConfigError
@@ -84,7 +86,7 @@ def test_control_rows_that_are_joined_are_other_rows() -> None:
     lm = model("qwen3", ROWS)
     batch = collate(rows(), 0)
     told = boundaries(batch.positions_BT)
-    one = told | {"cu_seq_lens_q": torch.tensor([0, sum(LENGTHS)], dtype=torch.int32)}
+    one = bounded([0, sum(LENGTHS)], torch.device("cpu"))
     apart, joined = (
         lm(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False, **bounds)
         for bounds in (told, one)
@@ -110,6 +112,40 @@ def test_no_pair_of_different_rows_is_computed(monkeypatch: pytest.MonkeyPatch) 
     seen.clear()
     trained(model("qwen3", "sdpa"))
     assert seen == [(sum(LENGTHS), sum(LENGTHS))] * 2  # control: what the dense mask costs
+
+
+@pytest.mark.parametrize("lengths", [(9, 1, 14, 2, 6), (16,), (1, 2), (3, 8, 1)])
+def test_rows_that_are_attended_to_by_length_come_back_in_order(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long rows alone, filled up to a multiple of 8, the others together: values and gradients are
+    those of each row by itself. The kernels are a CPU's; the GPU's own are in tests/gpu."""
+
+    def together(q: Tensor, k: Tensor, v: Tensor, scaling: float, _: None, *told: Any) -> Tensor:
+        return alone(q, k, v, told[0].diff().tolist())
+
+    def alone(q: Tensor, k: Tensor, v: Tensor, sizes: list[int]) -> Tensor:
+        parts = zip(*(torch.split(x, sizes, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([rl.attention._row(*part, 0.3, None) for part in parts], 2).transpose(1, 2)
+
+    for name, value in (("LONG", 6), ("GRAIN", 8), ("_varlen", together)):
+        monkeypatch.setattr(rl.attention, name, value)
+    draw = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, heads, sum(lengths), 8, generator=draw, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    found = rl.attention._by_length(*inputs, 0.3, ends)
+    wanted = alone(*inputs, list(lengths))
+    slopes = torch.randn(wanted.shape, generator=draw)
+    assert (found - wanted).abs().max() < 1e-6
+    for a, b in zip(
+        torch.autograd.grad((found * slopes).sum(), inputs),
+        torch.autograd.grad((wanted * slopes).sum(), inputs),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 5e-6
 
 
 def test_a_model_that_is_called_by_others_keeps_rows_apart_too() -> None:

@@ -71,6 +71,8 @@ class SleepyServer:
         elif route == "/collective_rpc":
             if "weights" not in self.awake:
                 return Reply(b"no memory to load into", status=500)
+            if "kv_cache" in self.awake and not self.paused:
+                return Reply(b"half of a reply would be of the old weights", status=500)
             self.loaded.append(body["kwargs"]["weights_path"])
         return ok({})
 
@@ -97,6 +99,16 @@ def test_a_server_that_was_put_to_sleep_wakes_with_new_weights(
         assert (server.awake, server.paused) == ({"weights", "kv_cache"}, False)
         assert [Path(folder).name for folder in server.loaded] == ["weights-1", "weights-0"]
         assert engine.version == 2
+
+
+def test_a_server_that_was_left_paused_is_not_loaded_while_it_works(tmp_path: Path) -> None:
+    """By a job that was killed between pause and resume. vLLM says of it that it sleeps; waking it
+    lets it go on."""
+    server = SleepyServer()
+    server.paused = True
+    with FakeEndpoint(server) as fake:
+        sync(named(), FolderReceiver(Control(engine_of(fake), sleeps=True), WEIGHTS, tmp_path), 1)
+    assert (len(server.loaded), server.paused) == (1, False)
 
 
 def test_another_user_may_read_the_weights_who_may_read_the_model(tmp_path: Path) -> None:
