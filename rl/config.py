@@ -92,7 +92,7 @@ class EngineConfig(Section):
     token_budget: int = Field(default=8192, ge=16, description="Tokens of a micro-batch.")
     compile: bool | None = Field(
         default=None,
-        description="Fuse kernels by torch.compile, which takes a minute at the start. "
+        description="Fuse kernels by torch.compile, which takes half a minute at the start. "
         "Null: on a GPU with a C compiler, in bf16, unless zero = 3.",
     )
     layout: Literal["packed", "padded"] = "packed"

@@ -1,9 +1,9 @@
 """The trainer on a GPU: what the CPU's tests cannot say. `make gpu`; not part of `make test`.
 
-Claims. The variable-length kernel of packed rows is as near to exact attention as sdpa is; a step
-on the GPU is the step of one plain graph on the CPU, for every ZeRO stage; the local engine and the
-trainer agree on what was sampled, in fp32 and bf16; SFT and hierarchical RL run as on the CPU, and
-a killed job goes on. Not shown here: several GPUs, NCCL between them.
+Claims. The kernels of packed rows are as near to exact attention as sdpa is, and fused layers as
+plain ones; a step on the GPU is the step of one plain graph on the CPU, for every ZeRO stage; the
+local engine and the trainer agree on what was sampled, in fp32 and bf16; SFT learns, and
+hierarchical RL runs. Not shown here: several GPUs, NCCL between them.
 """
 
 from __future__ import annotations
