@@ -27,7 +27,6 @@ from types import TracebackType
 from typing import Literal, Self, TypeVar
 
 import httpx2
-import openai
 from pydantic import ValidationError
 from tenacity import (
     AsyncRetrying,
@@ -84,6 +83,8 @@ class Endpoint:
     """
 
     def __init__(self, config: EndpointConfig, learned: Learned | None = None) -> None:
+        import openai  # half a second, for those alone who call a server
+
         key = config.read_key()
         self.config = config
         self._failures = Failures(config, key)
@@ -312,6 +313,8 @@ class Endpoint:
         spent: Usage,
     ) -> R:
         """One exchange: its reply within `seconds`, or EndpointError; `spent` is added to."""
+        import openai
+
         clock = asyncio.get_running_loop().time
         client, options = self._clients[server], openai.RequestOptions(headers=tracing.headers())
         began = clock()

@@ -18,15 +18,18 @@ import math
 import re
 import time
 from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 
 import httpx2
-import openai
 from pydantic import ValidationError
 
 from shared.endpoints.admission import Outcome
 from shared.endpoints.config import NO_KEY, EndpointConfig
 from shared.endpoints.transport import UnreadableReplyError
 from shared.errors import EndpointError
+
+if TYPE_CHECKING:
+    import openai
 
 TRANSIENT = frozenset({"unreachable", "timeout", "rate_limited", "server_error"})
 RETRYABLE = TRANSIENT | {"bad_reply"}
@@ -185,8 +188,8 @@ def is_transient(error: BaseException) -> bool:
 
 def outcome_of(error: EndpointError) -> Outcome:
     """What the failure of a request says about the server."""
-    cause = error.__cause__
-    status = cause.status_code if isinstance(cause, openai.APIStatusError) else None
+    cause = _status_error(error)
+    status = None if cause is None else cause.status_code
     if error.kind == "rate_limited":
         return Outcome.OVERLOAD if error.retryable else Outcome.ANSWER
     if error.kind == "timeout" or status == 503:
@@ -200,8 +203,8 @@ def outcome_of(error: EndpointError) -> Outcome:
 
 def retry_after(error: BaseException) -> float:
     """Seconds that the server asked us to wait (Retry-After: seconds or an HTTP date), or 0."""
-    cause = error.__cause__
-    if not isinstance(cause, openai.APIStatusError):
+    cause = _status_error(error)
+    if cause is None:
         return 0.0
     header = cause.response.headers.get("retry-after", "")
     try:
@@ -212,3 +215,11 @@ def retry_after(error: BaseException) -> float:
         except (ValueError, OverflowError):
             return 0.0
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
+def _status_error(error: BaseException) -> openai.APIStatusError | None:
+    """The server's reply that the error is about, if it sent one."""
+    import openai
+
+    cause = error.__cause__
+    return cause if isinstance(cause, openai.APIStatusError) else None
