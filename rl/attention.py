@@ -31,8 +31,8 @@ from transformers.masking_utils import sdpa_mask
 from shared.errors import ConfigError
 
 ROWS = "rows"
-# Tokens of a row that is worth a call of its own, on Hopper: with rows of 4,096 it costs a seventh
-# of a step, with rows of 16,384 it saves as much (docs/decisions/0022).
+# Tokens of a row that is worth a call of its own, on Hopper: with rows of 4,096 a step is slower by
+# a sixth, with rows of 16,384 it is faster by as much (docs/decisions/0022).
 LONG, GRAIN = 8192, 256
 _UNKNOWN = ("softcap", "position_bias", "s_aux")  # what other kernels can do, and these cannot
 # torch 2.11 groups heads without being asked; later ones want to be.
