@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import openai  # noqa: F401  (here, so that the pool's processes are forked with it)
 from celery import signals
 
 from shared import tracing
