@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NoReturn
 
 from celery import Celery
 
@@ -38,17 +39,15 @@ def register_training(app: Celery, db: Database) -> None:
     app.task(train, name=TASK)
 
 
-def run(app: Celery, db: Database, queues: Sequence[str], processes: int) -> int:
-    """Be a worker of these queues until SIGTERM, then save and give back; the exit code."""
+def run(app: Celery, db: Database, queues: Sequence[str], processes: int) -> NoReturn:
+    """Be a worker of these queues until SIGTERM, then save, give back and end this process."""
 
     def upkeep(idle: int) -> list[Message]:
         for swept in job_rows.sweep(db):
             log.warning("job %s is %s: %s", swept.name, swept.state, swept.why)
         return _messages(db, queues, idle) if idle > 0 else []
 
-    return celery_app.run_worker(
-        app, db, queues, processes, upkeep=upkeep, drain_seconds=DRAIN_SECONDS
-    )
+    celery_app.run_worker(app, db, queues, processes, upkeep=upkeep, drain_seconds=DRAIN_SECONDS)
 
 
 def ring(db: Database, queues: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NoReturn
 
 import openai  # noqa: F401  (here, so that the pool's processes are forked with it)
 from celery import signals
@@ -45,8 +46,8 @@ def serve(
     grace: float = GRACE_SECONDS,
     json_logs: bool = False,
     events: bool = False,
-) -> int:
-    """Be a Celery worker until SIGTERM, then drain; returns the exit code.
+) -> NoReturn:
+    """Be a Celery worker until SIGTERM, then drain and end this process.
 
     It ends within `grace` + END_SECONDS of the signal, whatever hangs. `events`: send what Flower
     shows.
@@ -66,7 +67,7 @@ def serve(
 
     celery_app.register_slices(app, db, KIND, generator(db), settings_of)
     drain = grace + END_SECONDS
-    return celery_app.run_worker(app, db, [KIND], processes, drain_seconds=drain, events=events)
+    celery_app.run_worker(app, db, [KIND], processes, drain_seconds=drain, events=events)
 
 
 def _start_tracing(**_: object) -> None:

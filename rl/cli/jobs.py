@@ -88,7 +88,7 @@ def worker(
     celery_app.register_slices(
         broker, db, evaluation.KIND, evaluation.opener(), evaluation.settings
     )
-    raise typer.Exit(workers.run(broker, db, queue or [workers.QUEUE], processes))
+    workers.run(broker, db, queue or [workers.QUEUE], processes)
 
 
 @app.command("list")

@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psycopg
 from celery import Celery, signals
@@ -192,8 +193,8 @@ def run_worker(
     upkeep: Upkeep = lambda idle: (),
     drain_seconds: float = DRAIN_SECONDS,
     events: bool = False,
-) -> int:
-    """Work on these queues with so many processes, until SIGTERM or SIGINT; exit code.
+) -> NoReturn:
+    """Work on these queues with so many processes until SIGTERM or SIGINT, then end this process.
 
     On the first of these, slices stop leasing, finish or give back what they hold, and end; what
     has not ended after `drain_seconds` is killed. `upkeep` is called every few seconds with the
@@ -235,7 +236,12 @@ def run_worker(
         ringer.end()
         signals.worker_shutting_down.disconnect(stop)
         signals.worker_ready.disconnect(ready)
-    return int(worker.exitcode or 0)
+    # All work is done or given back; the pool's threads and the interpreter would take two seconds
+    # to come apart.
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(int(worker.exitcode or 0))
 
 
 def _see_to_the_end(drain_seconds: float) -> None:

@@ -39,7 +39,7 @@ async def open_handler(run: RunInfo) -> AsyncIterator[Handler]:
     yield handle
 
 
-def main() -> int:
+def main() -> None:
     processes, in_flight = int(sys.argv[1]), int(sys.argv[2])
     settings = SliceSettings(
         in_flight=in_flight,
@@ -52,8 +52,8 @@ def main() -> int:
     app = make_app(db)
     prepare_broker(db, app)
     register_slices(app, db, "generate", open_handler, lambda run: settings)
-    return run_worker(app, db, ["generate"], processes, drain_seconds=float(sys.argv[5]))
+    run_worker(app, db, ["generate"], processes, drain_seconds=float(sys.argv[5]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

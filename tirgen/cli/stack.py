@@ -109,8 +109,7 @@ def worker(
     """A Celery worker of the `generate` queue with the right settings; SIGTERM drains it."""
     from tirgen.worker import serve  # brings LangGraph, a second that no other command needs
 
-    code = serve(open_database(), processes, grace=grace, json_logs=json_logs, events=events)
-    raise typer.Exit(code)
+    serve(open_database(), processes, grace=grace, json_logs=json_logs, events=events)
 
 
 def doctor() -> None:
