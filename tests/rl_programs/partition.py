@@ -144,8 +144,9 @@ def main(out: Path, stages: str) -> None:
     results = {}
     for case in chosen:
         results[case.name] = run(case, world)
-        gc.collect()  # an engine's buckets are gigabytes on a GPU, and it refers to itself
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            gc.collect()  # an engine's buckets are gigabytes there, and it refers to itself
+            torch.cuda.empty_cache()
     if world.is_first:
         torch.save(results, out)
     world.close()
