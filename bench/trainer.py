@@ -208,12 +208,11 @@ def best_setting(task: Task, settings: Sequence[Setting]) -> Setting | None:
     if (why := missing()) is not None:
         emit(f"peer left out: {why}", None, "", NAME)
         return None
+    settings = [setting for setting in settings if len(task.rows) % setting.rows == 0]
     if len(settings) == 1:
         return settings[0]
     found: dict[Setting, float] = {}
     for setting in settings:
-        if len(task.rows) % setting.rows:
-            continue
         tries = 3 if task.size == "nano" or CLOCK == "wall" else 1
         side = peer(task, setting, tries)
         try:
@@ -227,6 +226,10 @@ def best_setting(task: Task, settings: Sequence[Setting]) -> Setting | None:
             label = f"{NAME} {version(NAME)}, {setting}"
             emit(f"{task.program}, {task.size}: a setting of the peer, effective tokens",
                  task.loss_tokens / found[setting], "1/s", label)  # fmt: skip
+    if not found:
+        raise SystemExit(
+            f"no setting of the peer ran: {len(task.rows)} rows, --peer-rows divides them"
+        )
     return min(found, key=lambda one: found[one])
 
 

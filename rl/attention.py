@@ -99,11 +99,12 @@ def attend(
             module, query_BhTd, key_BgTd, value_BgTd, attention_mask, scaling=scaling, **more
         )
         return found
-    ends, longest = more.get("row_ends", bounds), more["max_length_q"]
+    ends = more.get("row_ends", bounds)
     half = query_BhTd.dtype is not torch.float32
     if half and more.get("long_rows") and sliding_window is None:
         return _by_length(query_BhTd, key_BgTd, value_BgTd, scaling, ends), None
     if half and query_BhTd.is_cuda:
+        longest = more["max_length_q"]
         attended = _varlen(
             query_BhTd, key_BgTd, value_BgTd, scaling, sliding_window, bounds, longest
         )

@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from rl.config import PRESETS, Common, SftConfig, TrainConfig, batch_arithmetic, load
-from rl.engine import deepspeed_config, learning_rate
+from rl.config import (
+    PRESETS,
+    Common,
+    EngineConfig,
+    SftConfig,
+    TrainConfig,
+    batch_arithmetic,
+    load,
+)
+from rl.engine import compiles, deepspeed_config, learning_rate
 from shared.errors import ConfigError
 
 EVERY = [(kind, name) for kind, names in PRESETS.items() for name in names]
@@ -122,6 +131,23 @@ def test_deepspeed_is_told_what_it_would_get_wrong_by_itself() -> None:
     assert told["gradient_accumulation_steps"] == 1
     more = rl('engine.deepspeed={communication_data_type="fp32"}').engine
     assert deepspeed_config(more)["communication_data_type"] == "fp32"
+
+
+def test_kernels_are_fused_where_that_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself on a GPU in bf16 with whole weights and a C compiler; on demand anywhere else."""
+    monkeypatch.setenv("CC", "cc")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiles(EngineConfig(), gpu)
+    assert not compiles(EngineConfig(), cpu)
+    assert not compiles(EngineConfig(zero=3), gpu)
+    assert not compiles(EngineConfig(dtype="fp32"), gpu)
+    assert compiles(EngineConfig(compile=True), cpu)
+    assert not compiles(EngineConfig(compile=False), gpu)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert not compiles(EngineConfig(), gpu)
+    with pytest.raises(ValueError, match="compile needs"):
+        EngineConfig(compile=True, zero=3)
 
 
 def test_the_rate_counts_optimizer_steps() -> None:
